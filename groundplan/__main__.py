@@ -1,0 +1,6 @@
+"""`python -m groundplan`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

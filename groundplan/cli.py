@@ -1,0 +1,403 @@
+"""The command line: `groundplan report | materialize | explain SPEC`.
+
+Errors that groundplan raises on purpose, and those of the user's constructor, end as one message on stderr and exit code 1.
+With `--json` stdout holds one JSON object and nothing else; what the constructor prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import sysconfig
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.nn.parameter import is_lazy
+
+import groundplan as gp
+
+from .planner.memory import human_bytes
+from .spec import Spec, offline, parse_spec
+from .tracer.errors import DecisionError, GroundplanError, MaterializeError, SpecError, nearest
+
+app = typer.Typer(
+    name="groundplan",
+    help="Draws a PyTorch model's ground plan before anything is built, then builds it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="`package.module:callable`, or a transformers config.json.")]
+KwargsOption = Annotated[
+    str, typer.Option("--kwargs", metavar="JSON", help="Keyword arguments of the callable; for a config.json, fields to replace.")
+]
+DtypeOption = Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floating-point tensors, as `.to(dtype)` would.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `groundplan` script: runs one command with `argv` (`sys.argv` when None) and ends the process with its exit code."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="groundplan")
+    except GroundplanError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"groundplan {gp.__version__} (torch {torch.__version__}, Python {sys.version.split()[0]})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- report and explain -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    spec: SpecArgument,
+    kwargs: KwargsOption = "{}",
+    dtype: DtypeOption = None,
+    train: Annotated[str | None, typer.Option(metavar="OPTIMIZER", help="Add a training step's memory: adamw, sgd, ...")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
+    workload = gp.Training(optimizer=train) if train else None
+    with _session(spec, kwargs) as parsed:
+        plan = _plan(parsed, dtype)
+        found = plan.report()
+        memory = plan.memory(workload) if workload else None
+    if as_json:
+        _print_json({"spec": parsed.name, **found.to_json(), **({"memory": memory.to_json()} if memory else {})})
+        return
+    typer.echo(str(found))
+    if memory:
+        typer.echo(f"\n{memory}")
+
+
+@app.command()
+def explain(
+    spec: SpecArgument,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A tensor; without it, every decision.")] = None,
+    kwargs: KwargsOption = "{}",
+    dtype: DtypeOption = None,
+) -> None:
+    """Show one tensor's recipe with its source lines, or every decision with its reason."""
+    with _session(spec, kwargs) as parsed:
+        text = str(_plan(parsed, dtype).explain(name))
+    typer.echo(text)
+
+
+# -- materialize --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def materialize(
+    spec: SpecArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where model.safetensors is written.")],
+    seed: Annotated[int, typer.Option(help="As torch.manual_seed(SEED) before the constructor.")] = 0,
+    kwargs: KwargsOption = "{}",
+    dtype: DtypeOption = None,
+    device: Annotated[str, typer.Option(help="Where the model is built.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are already in DIR.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build the model and write its state_dict to DIR/model.safetensors; for a config.json, write that too."""
+    started = time.monotonic()
+    with _session(spec, kwargs) as parsed:
+        written = _Output(out, ("model.safetensors", *(("config.json",) if parsed.config else ())), force)
+        with written:
+            plan = _plan(parsed, dtype).to(device)
+            with _constructing(parsed.name), _progress() as progress:
+                model = plan.materialize(seed=seed, progress=progress)
+            saved = save_state(_named_state(model), written.temporary("model.safetensors"))
+            if parsed.config:
+                _write_config(parsed.config, model, written.temporary("config.json"))
+            written.commit()
+    result = {
+        "spec": parsed.name,
+        "files": [str(path) for path in written.paths],
+        "seed": seed,
+        "tensors": saved.tensors,
+        "bytes": saved.nbytes,
+        "ties": dict(saved.ties),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(f"{written.paths[0]}: {saved.tensors:,} tensors, {human_bytes(saved.nbytes)}, seed {seed}")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds: its tensors, their bytes, and the names that are not in it, each with the name that is."""
+
+    tensors: int
+    nbytes: int
+    ties: Mapping[str, str]
+
+
+def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Saved:
+    """Write `state` to `path` as `safetensors.torch.save_model` does: what shares memory once, the other names in the metadata.
+
+    Of tied names the first one stays. Raises `MaterializeError` for a value that safetensors cannot hold.
+    """
+    for name, value in state.items():
+        _check_storable(name, value)
+    ties = _shared_names(state)
+    kept = {name: value.detach() for name, value in state.items() if name not in ties}
+    _separate_overlaps(kept)
+    try:
+        save_file({name: _plain(value) for name, value in kept.items()}, path, {"format": "pt", **ties})
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise MaterializeError(f"writing {path.parent / 'model.safetensors'} failed: {error}") from error
+    return Saved(len(kept), sum(value.nbytes for value in kept.values()), ties)
+
+
+def _check_storable(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        what = f"is a {type(value).__name__}"
+    elif is_lazy(value):
+        what = "is lazy and has no shape yet"
+    elif value.is_meta:
+        what = "is on the meta device and has no values"
+    elif value.layout != torch.strided:
+        what = f"has the layout {value.layout}"
+    else:
+        return
+    raise MaterializeError(
+        f"{name} {what}: a safetensors file cannot hold it. Build in Python with plan.materialize() and use torch.save"
+    )
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    return value.resolve_conj().resolve_neg().contiguous()
+
+
+def _shared_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For every name whose values are in another one's memory: that other name."""
+    ties: dict[str, str] = {}
+    for names in _by_storage(state).values():
+        whole = next((name for name in names if _covers_storage(state[name])), None)
+        first: dict[Any, str] = {}
+        for name in names:
+            keeper = whole or first.setdefault(_geometry(state[name]), name)
+            if keeper != name:
+                ties[name] = keeper
+    return ties
+
+
+def _by_storage(state: Mapping[str, torch.Tensor]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for name, value in state.items():
+        if value.numel():
+            groups.setdefault((value.device, value.untyped_storage().data_ptr()), []).append(name)
+    return groups
+
+
+def _covers_storage(value: torch.Tensor) -> bool:
+    by_stride = sorted(range(value.dim()), key=value.stride, reverse=True)
+    return value.nbytes == value.untyped_storage().nbytes() and value.permute(by_stride).is_contiguous()
+
+
+def _geometry(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.dtype, value.shape, value.stride(), value.storage_offset(), value.is_conj(), value.is_neg()
+
+
+def _separate_overlaps(kept: dict[str, torch.Tensor]) -> None:
+    """Give the views of one storage memory of their own: safetensors refuses those that overlap."""
+    for names in _by_storage(kept).values():
+        if len(names) > 1:
+            kept.update({name: kept[name].clone(memory_format=torch.contiguous_format) for name in names})
+
+
+def _named_state(built: Any) -> dict[str, torch.Tensor]:
+    """The state_dict of what the constructor returned; the members of a tuple or a dict come under their index or key."""
+    if isinstance(built, torch.nn.Module):
+        return built.state_dict()
+    members = built.items() if isinstance(built, Mapping) else enumerate(built)
+    return {f"{key}.{name}": value for key, member in members for name, value in _named_state(member).items()}
+
+
+def _write_config(config: Mapping[str, Any], model: torch.nn.Module, path: Path) -> None:
+    """The configuration that loads these weights as they are: their dtype, and no quantization that they did not go through."""
+    fields = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "quantization_config")}
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    if dtypes:
+        fields["dtype"] = str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class _Output:
+    """The files that a command leaves in a folder: all of them, or none, and no folder that it made in vain.
+
+    1. entering refuses files that are there already and makes the folder
+    2. `temporary(name)` is where to write
+    3. `commit()` gives the files their names; leaving without it removes them
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], force: bool) -> None:
+        self.paths = [folder / name for name in names]
+        self._folder = folder
+        self._force = force
+        self._made: list[Path] = []
+
+    def temporary(self, name: str) -> Path:
+        return self._folder / f".{name}.{os.getpid()}.tmp"
+
+    def __enter__(self) -> _Output:
+        for path in self.paths:
+            if path.exists() and not self._force:
+                raise MaterializeError(f"{path} exists; choose another --out, or replace it with --force")
+        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.temporary("model.safetensors").touch()
+        except OSError as error:
+            self._clean()
+            raise MaterializeError(f"--out {self._folder} cannot be written to: {error.strerror}") from error
+        return self
+
+    def commit(self) -> None:
+        for path in reversed(self.paths):  # the weights last: where they are, everything is
+            os.replace(self.temporary(path.name), path)
+        self._made = []
+
+    def __exit__(self, *_: object) -> None:
+        self._clean()
+
+    def _clean(self) -> None:
+        for path in self.paths:
+            with contextlib.suppress(NotADirectoryError):  # a file stood in the folder's way
+                self.temporary(path.name).unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | bool]:
+    """A callback that draws bytes done and to do on stderr; False where stderr is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield False
+        return
+    columns = (TextColumn("materialize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("materialize", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+# -- what the commands share --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _session(spec: str, kwargs: str) -> Iterator[Spec]:
+    """The parsed SPEC; meanwhile stdout is ours alone, and a configuration file stays off the network."""
+    with contextlib.redirect_stdout(sys.stderr):
+        parsed = parse_spec(spec, _json_object(kwargs))
+        with offline() if parsed.config is not None else contextlib.nullcontext():
+            yield parsed
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    form = """--kwargs takes a JSON object, such as --kwargs '{"hidden_size": 64}'"""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{form}; {text!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SpecError(f"{form}; got {text}")
+    return value
+
+
+def _plan(spec: Spec, dtype: str | None) -> gp.Plan:
+    with _constructing(spec.name):
+        plan = gp.trace(spec.build, *spec.args, **spec.kwargs)
+    return plan.cast(_dtype(dtype)) if dtype else plan
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    floating = [str(value)[6:] for value in vars(torch).values() if isinstance(value, torch.dtype) and value.is_floating_point]
+    hint = nearest(name, sorted(set(floating))) or "; write bfloat16, float16 or float32"
+    raise DecisionError(f"--dtype {name!r} is no floating-point dtype of torch{hint}")
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+class _ConstructorError(GroundplanError):
+    """The user's constructor raised; the message says what and where."""
+
+
+@contextlib.contextmanager
+def _constructing(name: str) -> Iterator[None]:
+    """Errors of the user's own code come out as one message with their line; groundplan's and torch's own as they are."""
+    try:
+        yield
+    except GroundplanError:
+        raise
+    except Exception as error:
+        line = _users_line(error)
+        if line is None:
+            raise
+        where = f"{line.filename}:{line.lineno} in {line.name}"
+        source = f"\n    {line.line}" if line.line else ""
+        raise _ConstructorError(f"the constructor {name} raised {type(error).__name__}: {error}\n  {where}{source}") from error
+
+
+def _users_line(error: Exception) -> traceback.FrameSummary | None:
+    """The innermost line outside groundplan, torch and the standard library; None when groundplan itself failed last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and _is_ours(frames[-1].filename):
+        return None
+    return next((frame for frame in reversed(frames) if not _is_ours(frame.filename) and not _is_library(frame.filename)), None)
+
+
+_PACKAGE = Path(__file__).parent.resolve()
+_OURS = tuple(
+    {str(folder.resolve()) + os.sep for folder in (_PACKAGE, *(_PACKAGE / stage for stage in ("tracer", "planner", "runtime")))}
+)
+_TORCH = str(Path(torch.__file__).resolve().parent) + os.sep
+_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
+
+
+def _is_ours(file: str) -> bool:
+    return os.path.realpath(file).startswith(_OURS)
+
+
+def _is_library(file: str) -> bool:
+    real = os.path.realpath(file)
+    return real.startswith(_TORCH) or (real.startswith(_STDLIB) and "site-packages" not in real)

@@ -1,0 +1,25 @@
+"""The second stage: what to do with every tensor. Decides, and allocates nothing.
+
+* `decisions`: `Decisions`, the frozen data that a plan saves (`plan_file`) and that fits its graph (`check`);
+* `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload`.
+"""
+
+from .check import check_decisions
+from .decisions import Cast, Decisions, Move, Rule, default_decisions
+from .memory import Binding, Memory
+from .plan_file import load_decisions, save_decisions
+from .workload import Training
+
+__all__ = [
+    "Binding",
+    "Cast",
+    "Decisions",
+    "Memory",
+    "Move",
+    "Rule",
+    "Training",
+    "check_decisions",
+    "default_decisions",
+    "load_decisions",
+    "save_decisions",
+]

@@ -1,0 +1,380 @@
+"""How many bytes each phase takes on each device, in closed form, before anything is built.
+
+A phase is a list of `Change`s: allocations and releases in the order in which they happen. Its peak on a device is the highest
+running sum, and the tensors that make the peak are those resident at that moment. All sizes are bytes of tensor storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..tracer.errors import GroundplanError
+from ..tracer.graph import ParamGraph, TensorNode
+from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
+from .workload import Training
+
+WAITING_BYTES = 2**20
+"""A storage of at least this many bytes that a step converts stays empty until the conversion reads it."""
+
+_SHOWN_TENSORS = 10
+HOST = "cpu"
+
+
+class RankError(GroundplanError, IndexError):
+    """A rank that the plan does not have."""
+
+
+# -- what is returned ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What makes the peak: the phase, the device, its bytes, and the largest tensors there as (name, bytes), largest first.
+
+    A tensor's bytes include what the phase holds because of it: its gradient, its optimizer state, the copy being converted.
+    """
+
+    phase: str
+    device: str
+    bytes: int
+    tensors: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes that a plan takes, by phase and device.
+
+    * `construct`: building the module, the steps included;
+    * `load`: reading a checkpoint into it instead;
+    * `first_step`: forward and backward of the first training step, before there is optimizer state;
+    * `step`: forward and backward of every later one;
+    * `optimizer`: inside `optimizer.step()`;
+    * `checkpoint`: saving.
+
+    The three in the middle are there with a `Training` workload only.
+    """
+
+    by_device: Mapping[str, Mapping[str, int]]
+    binding: Binding
+    notes: tuple[str, ...]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes of each phase on its worst device."""
+        return {phase: max(devices.values()) for phase, devices in self.by_device.items()}
+
+    @property
+    def peak(self) -> int:
+        """Bytes over all phases, on the worst device."""
+        return self.binding.bytes
+
+    def rank(self, index: int) -> Memory:
+        """The memory of one rank; raises `RankError` for any but rank 0, as the plan is not sharded."""
+        if index != 0 or isinstance(index, bool):
+            raise RankError(f"the plan is for one process, so there is no rank {index!r}; ask for rank 0")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON data; all sizes in bytes."""
+        binding = self.binding
+        return {
+            "phases": self.phases,
+            "by_device": {phase: dict(devices) for phase, devices in self.by_device.items()},
+            "peak": self.peak,
+            "binding": {
+                "phase": binding.phase,
+                "device": binding.device,
+                "bytes": binding.bytes,
+                "tensors": [{"name": name, "bytes": nbytes} for name, nbytes in binding.tensors],
+            },
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        devices = sorted({device for found in self.by_device.values() for device in found})
+        rows = [["phase", *devices]]
+        rows += [[phase, *(human_bytes(found.get(device, 0)) for device in devices)] for phase, found in self.by_device.items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        table = [_aligned(row, widths) for row in rows]
+        binding = self.binding
+        largest = ", ".join(f"{name} ({human_bytes(nbytes)})" for name, nbytes in binding.tensors[:3])
+        peak = f"peak: {human_bytes(binding.bytes)} in {binding.phase} on {binding.device}; largest: {largest or 'nothing'}"
+        return "\n".join([*table, peak, *(f"note: {note}" for note in self.notes)])
+
+
+def human_bytes(nbytes: int) -> str:
+    """Bytes in decimal units: GB is 10^9.
+
+    >>> human_bytes(16_060_522_496), human_bytes(4_194_304), human_bytes(12)
+    ('16.06 GB', '4.19 MB', '12 B')
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+
+
+# -- the verb -----------------------------------------------------------------------------------------------------------
+
+
+def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = None) -> Memory:
+    """The bytes of each phase for building `graph` by `decisions` and, with a `workload`, for training it.
+
+    Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
+    Raises `DecisionError` where a cast gives one tied tensor two dtypes.
+    """
+    walk = _Walk(graph)
+    for step in decisions.steps:
+        walk.take(step)
+    timelines = _timelines(graph, decisions, workload, walk)
+    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
+    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
+
+
+class Change(NamedTuple):
+    """Bytes allocated on a device (released, if negative) for the sake of a tensor."""
+
+    device: str
+    tensor: str
+    nbytes: int
+
+
+def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: _Walk) -> dict[str, list[Change]]:
+    weights = walk.resident()
+    found = {"construct": walk.changes, "load": [*weights, *_largest(weights, HOST)]}
+    state: list[Change] = []
+    if workload is not None:
+        gradients = list(_gradients(graph, decisions))
+        state = _optimizer_state(gradients, workload)
+        found["first_step"] = [*weights, *gradients]
+        found["step"] = [*weights, *state, *gradients]
+        found["optimizer"] = [*found["step"], *_temporaries(gradients, workload)]
+    saved = [*weights, *state]
+    found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
+    return found
+
+
+def _largest(changes: Iterable[Change], device: str) -> list[Change]:
+    """A copy on `device` of the largest one."""
+    largest = max(changes, key=lambda change: change.nbytes, default=None)
+    return [] if largest is None else [largest._replace(device=device)]
+
+
+def _gradients(graph: ParamGraph, decisions: Decisions) -> Iterator[Change]:
+    storages = {storage.index: storage for storage in graph.storages}
+    for tensor in graph.parameters:
+        device = _memory_device(final_device(tensor, storages[tensor.view.storage], decisions))
+        if tensor.requires_grad and device != "meta":
+            yield Change(device, tensor.name, tensor.numel * final_dtype(tensor, decisions).itemsize)
+
+
+def _optimizer_state(gradients: Sequence[Change], workload: Training) -> list[Change]:
+    copies = [each._replace(nbytes=each.nbytes * workload.state_copies) for each in gradients]
+    return copies + [Change(HOST, each.tensor, workload.step_bytes) for each in gradients if workload.step_bytes]
+
+
+def _temporaries(gradients: Sequence[Change], workload: Training) -> list[Change]:
+    parameters = [(each.device, each.nbytes) for each in gradients]
+    return [gradients[position]._replace(nbytes=nbytes) for position, nbytes in workload.temporaries(parameters)]
+
+
+def _memory_device(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
+
+
+# -- peaks --------------------------------------------------------------------------------------------------------------
+
+
+def _peaks(changes: Iterable[Change]) -> dict[str, int]:
+    now: dict[str, int] = {}
+    peaks: dict[str, int] = {}
+    for device, _, nbytes in changes:
+        now[device] = now.get(device, 0) + nbytes
+        peaks[device] = max(peaks.get(device, 0), now[device])
+    return peaks
+
+
+def _binding(by_device: Mapping[str, Mapping[str, int]], timelines: Mapping[str, Sequence[Change]]) -> Binding:
+    places = [(phase, device) for phase, devices in by_device.items() for device in devices]
+    phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
+    peak = by_device[phase][device]
+    return Binding(phase, device, peak, _tensors_at_peak(timelines[phase], device, peak))
+
+
+def _tensors_at_peak(changes: Iterable[Change], device: str, peak: int) -> tuple[tuple[str, int], ...]:
+    held: dict[str, int] = {}
+    now = 0
+    for change in changes:
+        if now == peak:
+            break
+        if change.device == device:
+            now += change.nbytes
+            held[change.tensor] = held.get(change.tensor, 0) + change.nbytes
+    ranked = sorted(((name, nbytes) for name, nbytes in held.items() if nbytes), key=lambda pair: (-pair[1], pair[0]))
+    return tuple(ranked[:_SHOWN_TENSORS])
+
+
+# -- the construct phase: what is resident while the steps are taken ----------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """Memory that one or more places of the module refer to. `kept` is set where something outside the module does as well."""
+
+    device: str
+    label: str
+    nbytes: int
+    places: int = 0
+    kept: bool = False
+    may_wait: bool = False
+    waiting: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """An entry of a module's `_parameters` or `_buffers`, or a plain attribute: it refers to a block, as elements of a dtype."""
+
+    tensor: TensorNode
+    block: _Block
+    dtype: torch.dtype
+
+    def after(self, step: Cast | Move) -> tuple[str, torch.dtype]:
+        """The device and dtype that `step` asks for."""
+        if isinstance(step, Move):
+            return (self.block.device if self.tensor.kind == "attribute" else _memory_device(step.device)), self.dtype
+        wanted = step.dtype_for(self.tensor.names) if castable(self.tensor) else None
+        return self.block.device, wanted or self.dtype
+
+
+class _Walk:
+    """Takes the steps on sizes alone, in the order of `nn.Module._apply`, and writes down every allocation and release.
+
+    `_apply` visits children first, then a module's own parameters, then its buffers. A parameter is one object under all of its
+    names (`param.data = converted`); a buffer is replaced in every module that holds it, so each holder gets a copy of its own.
+    """
+
+    def __init__(self, graph: ParamGraph) -> None:
+        self.changes: list[Change] = []
+        self._blocks = _blocks(graph)
+        self._places = _places(graph, self._blocks)
+        self._started = False
+
+    def take(self, step: Cast | Move) -> None:
+        """`module.to(dtype)` or `module.to(device)`: the places that it converts, one at a time."""
+        converted = [(place, *place.after(step)) for place in self._places]
+        converted = [each for each in converted if each[1:] != (each[0].block.device, each[0].dtype)]
+        self._start([place.block for place, _, _ in converted])
+        for place, device, dtype in converted:
+            self._convert(place, device, dtype)
+
+    def resident(self) -> list[Change]:
+        """What is there when every step is taken: one change per block."""
+        self._start([])
+        blocks = {id(place.block): place.block for place in self._places}
+        blocks.update((id(block), block) for block in self._blocks.values() if block.kept)
+        return [Change(block.device, block.label, block.nbytes) for block in blocks.values()]
+
+    def _start(self, converted: Iterable[_Block]) -> None:
+        """The constructor's own work: all that need not wait for the first step is allocated and filled before it."""
+        if self._started:
+            return
+        self._started = True
+        for block in converted:
+            block.waiting = block.may_wait
+        for block in self._blocks.values():
+            if not block.waiting:
+                self._allocate(block)
+
+    def _convert(self, place: _Place, device: str, dtype: torch.dtype) -> None:
+        source = place.block
+        if source.waiting:
+            source.waiting = False
+            self._allocate(source)
+        place.block = _Block(device, source.label, place.tensor.numel * dtype.itemsize, places=1)
+        place.dtype = dtype
+        self._allocate(place.block)
+        source.places -= 1
+        if not source.places and not source.kept:
+            self.changes.append(Change(source.device, source.label, -source.nbytes))
+
+    def _allocate(self, block: _Block) -> None:
+        self.changes.append(Change(block.device, block.label, block.nbytes))
+
+
+def _blocks(graph: ParamGraph) -> dict[int, _Block]:
+    """A block for every storage that takes up memory, by the storage's index; a meta storage takes up none."""
+    labels = {tensor.view.storage: tensor.name for tensor in reversed(graph.tensors)}
+    return {
+        storage.index: _Block(
+            device=_memory_device(storage.device),
+            label=labels.get(storage.index, f"storage {storage.index}, which has no name"),
+            nbytes=storage.nbytes,
+            kept=storage.held,
+            may_wait=storage.nbytes >= WAITING_BYTES and storage.constant is None and not storage.exposed,
+        )
+        for storage in graph.held_storages
+        if storage.device != "meta"
+    }
+
+
+def _places(graph: ParamGraph, blocks: Mapping[int, _Block]) -> list[_Place]:
+    """Every place, in the order in which `nn.Module._apply` comes to it."""
+    modules = {name: module.name for module in graph.modules for name in module.names}
+    order = _apply_order(graph, modules)
+    found: list[tuple[int, bool, _Place]] = []
+    for tensor in graph.tensors:
+        block = blocks.get(tensor.view.storage)
+        if block is not None:
+            for owner in _owners(tensor, modules, order):
+                block.places += 1
+                found.append((order[owner], tensor.kind != "parameter", _Place(tensor, block, tensor.dtype)))
+    return [place for _, _, place in sorted(found, key=lambda each: each[:2])]
+
+
+def _owners(tensor: TensorNode, modules: Mapping[str, str], order: Mapping[str, int]) -> list[str]:
+    """The module of each place that a step converts by itself: one for a parameter, every holder for a buffer."""
+    entries = (name.rpartition(".") for name in tensor.names if not name.endswith("]"))
+    held = {(modules.get(path, path), key) for path, _, key in entries}
+    owners = sorted((owner for owner, _ in held), key=order.__getitem__)
+    return owners if tensor.kind == "buffer" else owners[:1]
+
+
+def _apply_order(graph: ParamGraph, modules: Mapping[str, str]) -> dict[str, int]:
+    """The modules' places in `_apply`'s order, children first, under their first names."""
+    paths = [module.name for module in graph.modules]
+    paths += [modules.get(path, path) for tensor in graph.tensors for path in (name.rpartition(".")[0] for name in tensor.names)]
+    children: dict[str, dict[str, None]] = {}  # dicts for the order of their keys
+    for path in dict.fromkeys(paths):
+        while path and path not in children.setdefault(parent := path.rpartition(".")[0], {}):
+            children[parent][path] = None
+            path = parent
+    return {path: position for position, path in enumerate(_children_first("", children))}
+
+
+def _children_first(path: str, children: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    for child in children.get(path, ()):
+        yield from _children_first(child, children)
+    yield path
+
+
+# -- assumptions --------------------------------------------------------------------------------------------------------
+
+
+def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
+    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
+    yield "construct leaves out temporaries inside a single op, such as the matrix that orthogonal_ decomposes"
+    if decisions.steps:
+        yield "construct converts one tensor at a time, as nn.Module.to does; overridden _apply (nn.LSTM) may take more"
+    yield "load reads a checkpoint of the final dtypes one tensor at a time, each by way of host memory"
+    if workload is not None:
+        yield "training: activations and temporary workspaces are not included yet"
+        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
+        yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
