@@ -122,7 +122,7 @@ class Report(Shown):
         constructed, final = Counter[torch.dtype](), Counter[torch.dtype]()
         storages = {storage.index: storage.nbytes for storage in self.graph.storages if storage.device != "meta"}
         for tensor, dtype, _, held in self._ends:
-            nbytes = storages.get(tensor.view.storage, 0)
+            nbytes = storages.pop(tensor.view.storage, 0)
             constructed[tensor.dtype] += nbytes
             final[dtype] += nbytes if dtype == tensor.dtype else held * dtype.itemsize
         return +constructed, +final

@@ -1,0 +1,105 @@
+"""What kind of call an ATen operator is: decided once per operator from its schema and tags, never from a list of models."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from functools import cache
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+class Kind(Enum):
+    """How the tape treats an operator."""
+
+    EMPTY = auto()  # creates a storage without values
+    FILL = auto()  # overwrites its first argument in place, reading no tensor: no kernel need run to know the result
+    COPY = auto()  # `copy_`: overwrites its first argument with its second
+    LIFT = auto()  # brings a tensor from outside into the trace
+    VIEW = auto()  # another geometry over the same storage: changes no value
+    METADATA = auto()  # changes the geometry or the storage of its first argument in place (`unsqueeze_`, `set_`)
+    VALUE = auto()  # answers with numbers instead of tensors (`.item()`, `torch.equal`): needs real values
+    GENERAL = auto()  # everything else: run the meta kernel for the geometry, write the call down
+
+
+_EMPTY = {
+    aten.empty.memory_format,
+    aten.empty.names,
+    aten.empty_strided.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+
+#: in-place operators whose result depends on scalars and the random stream only
+FILLS = {
+    aten.zero_.default,
+    aten.fill_.Scalar,
+    aten.uniform_.default,
+    aten.normal_.default,
+    aten.exponential_.default,
+    aten.cauchy_.default,
+    aten.log_normal_.default,
+    aten.geometric_.default,
+    aten.bernoulli_.float,
+    aten.random_.default,
+    aten.random_.to,
+    getattr(aten.random_, "from"),
+}
+
+_OVERWRITES = {aten.copy_.default, aten.fill_.Tensor, aten.bernoulli_.Tensor} | FILLS
+_LIFT = {aten.lift_fresh.default, aten.lift.default}
+
+
+@cache
+def kind_of(func: Any) -> Kind:
+    """The kind of the operator `func` (an `OpOverload`)."""
+    if func in FILLS:
+        return Kind.FILL
+    if func in _EMPTY:
+        return Kind.EMPTY
+    if func in _LIFT:
+        return Kind.LIFT
+    if func is aten.copy_.default:
+        return Kind.COPY
+    if torch.Tag.inplace_view in func.tags:
+        return Kind.METADATA
+    if _answers_with_numbers(func):
+        return Kind.VALUE
+    if not mutated_arguments(func) and any(r.alias_info is not None for r in func._schema.returns):
+        return Kind.VIEW
+    return Kind.GENERAL
+
+
+def _answers_with_numbers(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and not any("Tensor" in str(r.type) for r in returns)
+
+
+@cache
+def is_random(func: Any) -> bool:
+    """Whether the operator may draw from a random stream."""
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+@cache
+def mutated_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of every argument that the operator writes."""
+    return tuple(
+        (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    )
+
+
+@cache
+def overwrites(func: Any) -> bool:
+    """Whether the written arguments' previous values are ignored: fills, copies, and `out=` variants."""
+    return func in _OVERWRITES or torch.Tag.out in getattr(func, "tags", ())
+
+
+@cache
+def reads_geometry_only(func: Any) -> bool:
+    """`zeros_like(t)`, `t.new_full(...)`: a tensor argument that is asked for its shape, never for its values."""
+    name = func._schema.name.removeprefix("aten::")
+    return name.endswith("_like") or name.startswith("new_")

@@ -1,0 +1,122 @@
+"""Random streams: which state of which generator a recorded op starts from.
+
+After every recorded random op the real generator is put into a state that exists nowhere else, a *fingerprint* (a seed that nobody
+chose). At the next op, a known fingerprint says which op the stream follows, so saving, restoring and forking a generator are
+understood without watching for them; an unknown state is one that the constructor set itself.
+
+Generators arrive at the dispatcher in fresh wrappers; their state is the only identity they have.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .graph import StreamPosition
+
+
+class ImaginedGenerator:
+    """Stands for the generator of a device that this machine does not have: a position, nothing else."""
+
+    def __init__(self) -> None:
+        self._seed = 0
+
+    def initial_seed(self) -> int:
+        return self._seed
+
+    def manual_seed(self, seed: int) -> ImaginedGenerator:
+        self._seed = seed
+        return self
+
+    def get_state(self) -> torch.Tensor:
+        return torch.tensor([self._seed])
+
+
+class Streams:
+    """The ledger of one trace: which fingerprint stands for which position."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, StreamPosition] = {}
+        self._next = secrets.randbits(61) + (1 << 61)
+        self._imagined: dict[str, ImaginedGenerator] = {}
+        self._started: set[str] = set()
+
+    def default_generator(self, device: torch.device) -> torch.Generator | ImaginedGenerator:
+        """The generator that an op on `device` draws from when it names none."""
+        if device.type == "cpu":
+            return torch.default_generator
+        if device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.init()
+            return torch.cuda.default_generators[device.index or torch.cuda.current_device()]
+        return self._imagined.setdefault(str(device), ImaginedGenerator())
+
+    def position(self, generator: torch.Generator | None, device: torch.device) -> StreamPosition:
+        """Where the op that is about to draw starts."""
+        source = generator or self.default_generator(device)
+        self.start(source, device)
+        known = self._known.get(source.initial_seed())
+        return known if known is not None else _explicit(source, device)
+
+    def start(self, source: torch.Generator | ImaginedGenerator, device: torch.device) -> None:
+        """Mark the default generator of `device` as the ambient stream, the first time it is met."""
+        name = str(device)
+        if name not in self._started and source is self.default_generator(device):
+            self._started.add(name)
+            self._mark(source, StreamPosition("ambient", device=name))
+
+    def advance(self, generator: torch.Generator | None, device: torch.device, op: int) -> None:
+        """Leave the generator in a state that says: op number `op` has drawn."""
+        self._mark(generator or self.default_generator(device), StreamPosition("after", op, device=str(device)))
+
+    def _mark(self, source: torch.Generator | ImaginedGenerator, position: StreamPosition) -> None:
+        self._next += 1
+        self._known[self._next] = position
+        source.manual_seed(self._next)
+
+
+def _explicit(source: torch.Generator | ImaginedGenerator, device: torch.device) -> StreamPosition:
+    seed, name = source.initial_seed(), str(device)
+    if isinstance(source, ImaginedGenerator):
+        return StreamPosition("explicit", seed=seed, device=name)
+    with torch._C._DisableTorchDispatch():
+        state = source.get_state()
+        fresh = torch.Generator(source.device).manual_seed(seed).get_state()
+        if torch.equal(state, fresh):
+            return StreamPosition("explicit", seed=seed, device=name)
+        return StreamPosition("explicit", state=state.numpy().tobytes(), device=name)
+
+
+@contextmanager
+def generators_kept() -> Iterator[dict[str, torch.Tensor]]:
+    """Give every default generator its state back at the end, come what may; yields the states by device."""
+    states = generator_states()
+    try:
+        yield states
+    finally:
+        restore_generators(states)
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    """The states of the default generators in use: the CPU's, and CUDA's when it is initialized."""
+    states = {"cpu": torch.default_generator.get_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {f"cuda:{i}": g.get_state() for i, g in enumerate(torch.cuda.default_generators)}
+    return states
+
+
+def restore_generators(states: dict[str, torch.Tensor]) -> None:
+    """Put default generators into the given states (by device)."""
+    for name, state in states.items():
+        default_generator(name).set_state(state)
+
+
+def default_generator(device: str) -> torch.Generator:
+    """The real default generator of a device, by the device's name."""
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        return torch.default_generator
+    torch.cuda.init()
+    return torch.cuda.default_generators[kind.index or 0]

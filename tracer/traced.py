@@ -1,0 +1,169 @@
+"""The tensor a constructor holds while it is traced: `Traced`, geometry without memory.
+
+A `Traced` tensor wraps a *meta* tensor (no memory) yet reports the device that eager would report. That difference matters: code
+that asks `t.is_meta` or `t.device` (transformers' weight initialization, `torch.nn.init`) must take the path it takes in eager.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch._C import _disabled_torch_function_impl
+
+from .errors import TraceError
+from .graph import View
+
+META = torch.device("meta")
+
+# Set by the tape while it records: the methods below need values or storages, which only the tape can answer for.
+_reader: list[Callable[[torch.Tensor], torch.Tensor]] = []
+_cloner: list[Callable[[torch.Tensor, dict[int, Any]], torch.Tensor]] = []
+
+
+class Traced(torch.Tensor):
+    """A tensor that has a geometry, a storage identity and a device, but no memory."""
+
+    __slots__ = ("_traced_device", "_twin")
+    _twin: torch.Tensor
+    _traced_device: torch.device
+
+    __torch_function__ = _disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise TraceError(
+            f"{func} was called on a traced tensor outside its trace. A traced tensor has no values: it must not leave the "
+            "constructor (through a global, a thread or a callback). Build the module with plan.materialize() to get values."
+        )
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._traced_device
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return _BASE_DATA.__get__(self, type(self))  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if not isinstance(value, Traced):
+            value = torch.ops.aten.lift_fresh(value)
+        _BASE_DATA.__set__(self, value)
+        self._twin, self._traced_device = value._twin, value._traced_device
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        if _reader:
+            return repr(self._values())
+        return f"Traced(size={tuple(self.shape)}, dtype={self.dtype}, device='{self._traced_device}')"
+
+    # What looks behind torch's dispatcher is answered with real values; the tape notes that it did.
+
+    def _values(self) -> torch.Tensor:
+        if not _reader:
+            raise TraceError(
+                f"the values of a traced tensor of shape {tuple(self.shape)} were asked for after its trace ended; "
+                "use plan.materialize() or plan.materialize_state()"
+            )
+        return _reader[-1](self)
+
+    def tolist(self) -> Any:
+        return self._values().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if self.requires_grad and not force:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        return self._values().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def data_ptr(self) -> int:
+        return self._values().data_ptr()
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        value = self._values()
+        if isinstance(self, torch.nn.Parameter):
+            return torch.nn.Parameter(value, self.requires_grad).__reduce_ex__(proto)
+        return value.__reduce_ex__(proto)
+
+    def share_memory_(self) -> torch.Tensor:
+        self._values()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError(_NOT_A_LEAF)
+        result = self._copied(memo)
+        memo[id(self)] = result
+        return result
+
+    def _copied(self, memo: dict[int, Any]) -> torch.Tensor:
+        """The same as `Parameter.__deepcopy__` and `Tensor.__deepcopy__`: a parameter clones its view, a tensor its storage."""
+        if isinstance(self, torch.nn.Parameter):
+            cloned = self.data.clone(memory_format=torch.preserve_format)
+            plain = type(self) is Traced
+            return torch.nn.Parameter(cloned, self.requires_grad) if plain else type(self)._rewrap(cloned, self.requires_grad)
+        result = _cloner[-1](self, memo)
+        result.requires_grad_(self.requires_grad)
+        result.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return result
+
+    @classmethod
+    def _rewrap(cls, data: torch.Tensor, requires_grad: bool) -> Traced:
+        return rewrap(data, cls, requires_grad)
+
+
+_BASE_DATA: Any = torch.Tensor.__dict__.get("data") or torch._C.TensorBase.data
+_NOT_A_LEAF = (
+    "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment.  "
+    "If you were attempting to deepcopy a module, this may be because of a torch.nn.utils.weight_norm usage, "
+    "see https://github.com/pytorch/pytorch/pull/103001"
+)
+
+
+def wrap(twin: torch.Tensor, device: torch.device, cls: type[Traced] = Traced, requires_grad: bool = False) -> Traced:
+    """A traced tensor over the meta tensor `twin`, reporting `device`; the two share a (memoryless) storage."""
+    traced: Traced = torch.Tensor._make_subclass(  # type: ignore[assignment]
+        cls, twin, requires_grad, dispatch_device=True, device_for_backend_keys=device
+    )
+    traced._twin, traced._traced_device = twin, device
+    return traced
+
+
+_classes: dict[type, type[Traced]] = {}
+
+
+def traced_class(cls: type) -> type[Traced]:
+    """A class that is both `Traced` and `cls` (a user's `nn.Parameter` subclass, `UninitializedParameter`)."""
+    if cls not in _classes:
+        _classes[cls] = cls if issubclass(cls, Traced) else type(f"Traced{cls.__name__}", (Traced, cls), {"__slots__": ()})
+    return _classes[cls]
+
+
+def rewrap(data: torch.Tensor, cls: type, requires_grad: bool) -> Traced:
+    """What `torch.Tensor._make_subclass(cls, data)` is for a traced `data`: another tensor over the same storage."""
+    assert isinstance(data, Traced)
+    return wrap(data._twin.detach(), data._traced_device, traced_class(cls), requires_grad)
+
+
+def public_type(tensor: torch.Tensor) -> str:
+    """The name of the class that eager would show for this tensor."""
+    kind = type(tensor)
+    if kind is Traced:
+        if getattr(tensor, "_is_buffer", False):
+            return "Buffer"
+        return "Parameter" if isinstance(tensor, torch.nn.Parameter) else "Tensor"
+    return next(base.__name__ for base in kind.__mro__ if not issubclass(base, Traced))
+
+
+def view_of(twin: torch.Tensor, storage: int) -> View:
+    """The view that the tape writes down for a meta (or outside) tensor."""
+    return View(
+        storage, twin.dtype, tuple(twin.shape), twin.stride(), int(twin.storage_offset()), twin.is_conj(), twin.is_neg()
+    )
