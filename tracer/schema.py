@@ -20,13 +20,13 @@ class Kind(Enum):
     LIFT = auto()  # brings a tensor from outside into the trace
     VIEW = auto()  # another geometry over the same storage: changes no value
     METADATA = auto()  # changes the geometry or the storage of its first argument in place (`unsqueeze_`, `set_`)
+    GEOMETRY = auto()  # answers with numbers that depend on no value (`is_same_size`)
     VALUE = auto()  # answers with numbers instead of tensors (`.item()`, `torch.equal`): needs real values
     GENERAL = auto()  # everything else: run the meta kernel for the geometry, write the call down
 
 
 _EMPTY = {
     aten.empty.memory_format,
-    aten.empty.names,
     aten.empty_strided.default,
     aten.empty_like.default,
     aten.new_empty.default,
@@ -50,6 +50,22 @@ FILLS = {
 }
 
 _OVERWRITES = {aten.copy_.default, aten.fill_.Tensor, aten.bernoulli_.Tensor} | FILLS
+_GEOMETRY = {
+    "aten::is_same_size",
+    "aten::_has_compatible_shallow_copy_type",
+    "aten::_has_same_storage_numel",
+    "aten::size",
+    "aten::stride",
+    "aten::storage_offset",
+    "aten::numel",
+    "aten::dim",
+    "aten::is_contiguous",
+    "aten::is_complex",
+    "aten::is_floating_point",
+    "aten::is_signed",
+    "aten::result_type",
+    "aten::can_cast",
+}
 _LIFT = {aten.lift_fresh.default, aten.lift.default}
 
 
@@ -67,7 +83,7 @@ def kind_of(func: Any) -> Kind:
     if torch.Tag.inplace_view in func.tags:
         return Kind.METADATA
     if _answers_with_numbers(func):
-        return Kind.VALUE
+        return Kind.GEOMETRY if func._schema.name in _GEOMETRY else Kind.VALUE
     if not mutated_arguments(func) and any(r.alias_info is not None for r in func._schema.returns):
         return Kind.VIEW
     return Kind.GENERAL

@@ -6,6 +6,7 @@ calling frames name all of them for next to nothing. Frames are kept as (code, l
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import sys
@@ -49,6 +50,8 @@ def _classify(code: CodeType) -> int:
         return _BORDER if code.co_name == "run_constructor" else _SKIP
     if file == _INIT:
         return _SKIP if code.co_name.startswith("_") else _IN_INIT
+    if file == copy.__file__:
+        return _SKIP
     if file.startswith(_TORCH):
         plumbing = ("_ops.py", "_tensor.py", "_python_dispatch.py", "_contextlib.py", "_device.py", "overrides.py")
         return _SKIP if file.endswith(plumbing) else _IN_TORCH

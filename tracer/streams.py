@@ -43,6 +43,23 @@ class Streams:
         self._next = secrets.randbits(61) + (1 << 61)
         self._imagined: dict[str, ImaginedGenerator] = {}
         self._started: set[str] = set()
+        self._private: list[tuple[torch.Generator, torch.Tensor]] = []
+
+    def start_default(self) -> None:
+        """Mark the ambient streams before the constructor can set a seed."""
+        self.start(torch.default_generator, torch.device("cpu"))
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            for index, generator in enumerate(torch.cuda.default_generators):
+                self.start(generator, torch.device("cuda", index))
+
+    @contextmanager
+    def private_generators_kept(self) -> Iterator[None]:
+        """Give generators that the constructor was handed their states back; those of its own are lost with it anyway."""
+        try:
+            yield
+        finally:
+            for generator, state in reversed(self._private):
+                generator.set_state(state)
 
     def default_generator(self, device: torch.device) -> torch.Generator | ImaginedGenerator:
         """The generator that an op on `device` draws from when it names none."""
@@ -58,7 +75,11 @@ class Streams:
         source = generator or self.default_generator(device)
         self.start(source, device)
         known = self._known.get(source.initial_seed())
-        return known if known is not None else _explicit(source, device)
+        if known is not None:
+            return known
+        if generator is not None:
+            self._private.append((generator, generator.get_state()))
+        return _explicit(source, device)
 
     def start(self, source: torch.Generator | ImaginedGenerator, device: torch.device) -> None:
         """Mark the default generator of `device` as the ambient stream, the first time it is met."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch._C import _disabled_torch_function_impl
@@ -18,9 +18,16 @@ from .graph import View
 
 META = torch.device("meta")
 
-# Set by the tape while it records: the methods below need values or storages, which only the tape can answer for.
-_reader: list[Callable[[torch.Tensor], torch.Tensor]] = []
-_cloner: list[Callable[[torch.Tensor, dict[int, Any]], torch.Tensor]] = []
+
+class Hooks(NamedTuple):
+    """What a traced tensor asks the tape for: its values (and whether the memory is handed out), a copy of its storage."""
+
+    read: Callable[[Traced, bool], torch.Tensor]
+    clone_storage: Callable[[Traced], torch.Tensor]
+
+
+hooks: list[Hooks] = []
+"""The tapes that record now, the innermost last."""
 
 
 class Traced(torch.Tensor):
@@ -44,6 +51,18 @@ class Traced(torch.Tensor):
         return self._traced_device
 
     @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return self._traced_device.type == "cpu"
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return self._traced_device.type == "cuda"
+
+    @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
         return _BASE_DATA.__get__(self, type(self))  # type: ignore[no-any-return]
 
@@ -51,23 +70,28 @@ class Traced(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         if not isinstance(value, Traced):
             value = torch.ops.aten.lift_fresh(value)
-        _BASE_DATA.__set__(self, value)
-        self._twin, self._traced_device = value._twin, value._traced_device
+        self._mirror(value)
+
+    def _mirror(self, other: Traced) -> None:
+        """Show the same view of the same storage as `other`."""
+        _BASE_DATA.__set__(self, other)
+        with torch._C._DisableTorchDispatch():
+            self._twin, self._traced_device = other._twin.detach(), other._traced_device
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        if _reader:
+        if hooks:
             return repr(self._values())
         return f"Traced(size={tuple(self.shape)}, dtype={self.dtype}, device='{self._traced_device}')"
 
     # What looks behind torch's dispatcher is answered with real values; the tape notes that it did.
 
-    def _values(self) -> torch.Tensor:
-        if not _reader:
+    def _values(self, shared: bool = False) -> torch.Tensor:
+        if not hooks:
             raise TraceError(
                 f"the values of a traced tensor of shape {tuple(self.shape)} were asked for after its trace ended; "
                 "use plan.materialize() or plan.materialize_state()"
             )
-        return _reader[-1](self)
+        return hooks[-1].read(self, shared)
 
     def tolist(self) -> Any:
         return self._values().tolist()
@@ -75,14 +99,17 @@ class Traced(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         if self.requires_grad and not force:
             raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
-        return self._values().numpy(force=force)
+        return self._values(shared=True).numpy(force=force)
 
     def __array__(self, dtype: Any = None) -> Any:
         array = self.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def data_ptr(self) -> int:
-        return self._values().data_ptr()
+        return self._values(shared=True).data_ptr()
+
+    def __format__(self, spec: str) -> str:
+        return format(self._values(), spec)
 
     def __reduce_ex__(self, proto: Any) -> Any:
         value = self._values()
@@ -109,7 +136,7 @@ class Traced(torch.Tensor):
             cloned = self.data.clone(memory_format=torch.preserve_format)
             plain = type(self) is Traced
             return torch.nn.Parameter(cloned, self.requires_grad) if plain else type(self)._rewrap(cloned, self.requires_grad)
-        result = _cloner[-1](self, memo)
+        result = hooks[-1].clone_storage(self)
         result.requires_grad_(self.requires_grad)
         result.__dict__ = copy.deepcopy(self.__dict__, memo)
         return result
@@ -149,7 +176,19 @@ def traced_class(cls: type) -> type[Traced]:
 def rewrap(data: torch.Tensor, cls: type, requires_grad: bool) -> Traced:
     """What `torch.Tensor._make_subclass(cls, data)` is for a traced `data`: another tensor over the same storage."""
     assert isinstance(data, Traced)
-    return wrap(data._twin.detach(), data._traced_device, traced_class(cls), requires_grad)
+    with torch._C._DisableTorchDispatch():
+        twin = data._twin.detach()
+    return wrap(twin, data._traced_device, traced_class(cls), requires_grad)
+
+
+def meta_over(handle: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
+    """A meta tensor with the geometry of `like` over the meta storage `handle`."""
+    with torch._C._DisableTorchDispatch(), torch.no_grad():
+        twin = torch.empty(0, dtype=like.dtype, device=META)
+        twin.set_(handle, int(like.storage_offset()), like.shape, like.stride())  # type: ignore[call-overload]
+        if like.is_conj():
+            twin = twin.conj()
+        return twin._neg_view() if like.is_neg() else twin
 
 
 def public_type(tensor: torch.Tensor) -> str:

@@ -1,0 +1,64 @@
+"""groundplan draws a PyTorch model's ground plan before anything is built, then builds exactly that.
+
+Three stages, each a folder with one verb and one noun:
+
+    constructor --tracer--> ParamGraph --planner--> Plan --runtime--> nn.Module on its devices
+                            what there is            what to do        done
+
+One tiny module through all of them:
+
+>>> import torch, groundplan as gp
+>>> plan = gp.trace(torch.nn.Linear, 3, 4)             # runs the constructor, allocates nothing
+>>> for tensor in plan.graph.parameters:               # what there is
+...     print(tensor.name, tensor.shape, [op.describe() for op in plan.graph.recipe(tensor.name)])
+weight (4, 3) ['kaiming_uniform_(a=2.236)']
+bias (4,) ['uniform_(a=-0.5774, b=0.5774)']
+>>> plan = plan.cast(torch.bfloat16)                   # what to do
+>>> plan.memory().phases
+{'construct': 96, 'load': 64, 'checkpoint': 32}
+>>> model = plan.materialize(seed=0)                   # done
+>>> _ = torch.manual_seed(0)
+>>> torch.equal(model.weight, torch.nn.Linear(3, 4).to(torch.bfloat16).weight)
+True
+"""
+
+from .explain import Explanation
+from .plan import Plan, trace
+from .planner.decisions import Decisions, groundplan_version
+from .planner.memory import Memory
+from .planner.workload import Training
+from .report import Report
+from .tracer.errors import (
+    DecisionError,
+    GraphError,
+    GroundplanError,
+    MaterializeError,
+    PlanFileError,
+    SpecError,
+    TraceError,
+    UninitializedError,
+    UnknownNameError,
+)
+from .tracer.graph import ParamGraph
+
+__version__ = groundplan_version()
+
+__all__ = [
+    "trace",
+    "Plan",
+    "ParamGraph",
+    "Decisions",
+    "Training",
+    "Memory",
+    "Report",
+    "Explanation",
+    "GroundplanError",
+    "TraceError",
+    "GraphError",
+    "UnknownNameError",
+    "DecisionError",
+    "PlanFileError",
+    "MaterializeError",
+    "UninitializedError",
+    "SpecError",
+]

@@ -1,0 +1,223 @@
+"""The live handle on one model: what the constructor creates, what is decided about it, and how to build it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from .explain import Explanation, explain
+from .planner.check import check_decisions
+from .planner.decisions import Decisions, default_decisions
+from .planner.memory import Memory, memory
+from .planner.plan_file import load_decisions, save_decisions
+from .planner.workload import Training
+from .report import Report
+from .runtime import Build, materialize, materialize_state
+from .runtime.materialize import Progress as ProgressCallback
+from .tracer.errors import PlanFileError
+from .tracer.graph import ParamGraph
+
+_SHOWN_FROM = 2**28  # bytes; a model below this is built before a bar could be read
+
+
+def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    """Run `build(*args, **kwargs)` without allocating, and plan to build what it creates.
+
+    The constructor runs unmodified; torch's ambient settings (default dtype, default device, grad mode) are honored. `build` returns
+    an `nn.Module`, or a tuple or dict of them. Random generators and torch's settings are afterwards as they were.
+
+    Raises whatever the constructor raises, unchanged; `TraceError` for what a trace cannot follow.
+
+    >>> plan = trace(torch.nn.Linear, 3, 4)
+    >>> [(tensor.name, tensor.shape) for tensor in plan.graph]
+    [('weight', (4, 3)), ('bias', (4,))]
+    """
+    built = Build.trace(build, args, kwargs)
+    return Plan(default_decisions(built.graph, _name_of(build), built.bound_state), built)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a constructor creates and what is to be done with it. Immutable: each method that decides returns a new plan.
+
+    Made by `trace`; one made by `Plan.load` has decisions only, until `bind` gives it its constructor again.
+    """
+
+    decisions: Decisions
+    _build: Build | None = field(default=None, repr=False)
+
+    # -- looking --------------------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> ParamGraph:
+        """What the constructor creates; raises `PlanFileError` for a loaded plan that is not bound."""
+        return self._bound.graph
+
+    def report(self) -> Report:
+        """What there is, in a form that prints well: tensors, init functions, bytes, memory.
+
+        >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
+        torch.nn.modules.linear.Linear
+        ...
+        """
+        return Report(self.graph, self.decisions, self.memory())
+
+    def explain(self, name: str | None = None) -> Explanation:
+        """One tensor's recipe with its source lines; without a name, every decision with its reason.
+
+        Raises `UnknownNameError`, with the nearest names.
+
+        >>> print(trace(torch.nn.Linear, 3, 4).explain("bias"))  # doctest: +ELLIPSIS
+        bias
+        ...
+        """
+        return explain(self.graph, self.decisions, name)
+
+    def memory(self, workload: Training | None = None) -> Memory:
+        """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
+
+        >>> trace(torch.nn.Linear, 3, 4).memory().phases
+        {'construct': 64, 'load': 64, 'checkpoint': 64}
+        """
+        return memory(self.graph, self.decisions, workload)
+
+    # -- deciding -------------------------------------------------------------------------------------------------------
+
+    def cast(self, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Plan:
+        """Convert floating-point and complex parameters and buffers: the same as `build().to(dtype)`.
+
+        A mapping gives a dtype per pattern of tensor names, the first match first: `{"*norm*": torch.float32, "*": torch.bfloat16}`.
+        Raises `DecisionError` for a dtype that `nn.Module.to` refuses, or a pattern that matches nothing.
+
+        >>> trace(torch.nn.Linear, 3, 4).cast(torch.bfloat16).materialize(seed=0).weight.dtype
+        torch.bfloat16
+        """
+        return replace(self, decisions=self.decisions.cast(dtype, self.graph))
+
+    def to(self, device: str | torch.device) -> Plan:
+        """Put parameters and buffers on `device` (`cpu`, `cuda`, `cuda:N`): the same as `build().to(device)`.
+
+        >>> trace(torch.nn.Linear, 3, 4).to("cpu").materialize(seed=0).weight.device
+        device(type='cpu')
+        """
+        return replace(self, decisions=self.decisions.to(device))
+
+    # -- keeping --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the decisions to `path` as JSON: data, never code. `Plan.load(path).bind(build, ...)` is the way back.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trace(torch.nn.Linear, 3, 4).save(f"{folder}/plan.json")
+        ...     print(Plan.load(f"{folder}/plan.json").bind(torch.nn.Linear, 3, 4).graph.tensor("bias").shape)
+        (4,)
+        """
+        save_decisions(self.decisions, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read the decisions that `save` wrote. Nothing in the file is executed; raises `PlanFileError` for anything else."""
+        return Plan(load_decisions(path))
+
+    def bind(self, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+        """Trace `build(*args, **kwargs)` and join it with these decisions.
+
+        Raises `PlanFileError` where it is not the constructor, or not the arguments, that the decisions were taken for.
+        """
+        built = Build.trace(build, args, kwargs)
+        check_decisions(self.decisions, built.graph)
+        if self.decisions.bound_state != built.bound_state:
+            raise PlanFileError(
+                f"the plan for {self.decisions.constructor} holds for the generator state {self.decisions.bound_state}, because the "
+                f"constructor looks at random values, and the generators are now at {built.bound_state}; set the same seed, or trace anew"
+            )
+        return Plan(self.decisions, built)
+
+    # -- building -------------------------------------------------------------------------------------------------------
+
+    def materialize(
+        self,
+        seed: int | None = None,
+        *,
+        uninitialized: str = "error",
+        progress: bool | ProgressCallback = True,
+    ) -> Any:
+        """Build the module, with the values that the eager constructor gives, bit for bit; any number of times.
+
+        `plan.materialize(seed=s)` is `torch.manual_seed(s); build(*args, **kwargs)` followed by the plan's casts and moves. The
+        constructor runs again, for real. `seed=None` draws from, and advances, the global generator. `progress` shows a bar in a
+        terminal, or is called with (bytes done, bytes in all). Where the constructor leaves tensors without values,
+        `UninitializedError` is raised, unless `uninitialized` says `"zero"` or `"empty"`. On any failure nothing half-built
+        stays behind, and the generators stand where they stood.
+
+        >>> model = trace(torch.nn.Linear, 3, 4).materialize(seed=0)
+        >>> _ = torch.manual_seed(0)
+        >>> torch.equal(model.weight, torch.nn.Linear(3, 4).weight)
+        True
+        """
+        with _shown(progress, self.memory().phases["construct"]) as callback:
+            return materialize(self._bound, self.decisions, seed, uninitialized, callback)
+
+    def materialize_state(
+        self, names: Iterable[str], seed: int | None = None, *, uninitialized: str = "error"
+    ) -> dict[str, torch.Tensor]:
+        """The tensors called `names` only, with the values that `materialize(seed)` gives them, each from its own recipe.
+
+        The global generators are left alone. Raises `UnknownNameError`, `UninitializedError`.
+
+        >>> plan = trace(torch.nn.Linear, 3, 4)
+        >>> bias = plan.materialize_state(["bias"], seed=0)["bias"]
+        >>> torch.equal(bias, plan.materialize(seed=0).bias)
+        True
+        """
+        return materialize_state(self._bound, self.decisions, names, seed, uninitialized)
+
+    @property
+    def _bound(self) -> Build:
+        if self._build is None:
+            raise PlanFileError(
+                f"this plan was loaded from a file and has no constructor yet; say plan.bind(build, *args, **kwargs) with the one it "
+                f"was traced from, {self.decisions.constructor}"
+            )
+        return self._build
+
+
+def _name_of(build: Callable[..., Any]) -> str:
+    """`package.module.Class`, for display."""
+    owner = build if hasattr(build, "__qualname__") else getattr(build, "func", type(build))
+    return f"{getattr(owner, '__module__', '?')}.{getattr(owner, '__qualname__', type(owner).__qualname__)}"
+
+
+@contextmanager
+def _shown(progress: bool | ProgressCallback, nbytes: int) -> Iterator[ProgressCallback | None]:
+    """The callback for `progress`: the user's own, or a bar on stderr for a large model, if that is a terminal."""
+    if callable(progress):
+        yield progress
+        return
+    console = Console(stderr=True)
+    if not progress or nbytes < _SHOWN_FROM or not console.is_terminal:
+        yield None
+        return
+    with progress_bar(console) as show:
+        yield show
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[ProgressCallback]:
+    """A bar of bytes filled and to fill."""
+    columns = (TextColumn("materialize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("materialize", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show

@@ -1,0 +1,51 @@
+"""The third stage's checkers: what must hold before a build, and after it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from ..tracer.errors import MaterializeError, UninitializedError
+from ..tracer.graph import ParamGraph, TensorNode
+from .guided import Guided
+
+Uninitialized = Literal["error", "zero", "empty"]
+_SHOWN = 8
+
+
+def check_uninitialized(graph: ParamGraph, uninitialized: str, wanted: set[str] | None = None) -> None:
+    """Raise `UninitializedError` where the constructor leaves tensors without values and nobody said what to do about it."""
+    if uninitialized not in ("error", "zero", "empty"):
+        raise MaterializeError(f'uninitialized={uninitialized!r} is not one of "error", "zero", "empty"')
+    if uninitialized != "error":
+        return
+    missing = [tensor for tensor in graph.uninitialized if wanted is None or wanted.intersection(tensor.names)]
+    if missing:
+        raise UninitializedError(_message(missing))
+
+
+def _message(missing: list[TensorNode]) -> str:
+    shown = "".join(f"\n  {each.name}  {str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in missing[:_SHOWN])
+    more = f"\n  … and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return (
+        f"the constructor never gives {len(missing)} tensor{'s' * (len(missing) != 1)} a value:{shown}{more}\n"
+        'eager would leave whatever the memory held. Initialize them in the constructor, or say uninitialized="zero" '
+        '(or "empty", which leaves memory as it is)'
+    )
+
+
+def check_done(mode: Guided) -> None:
+    """Raise where something still waits after the last step."""
+    if len(mode.waiting):
+        raise MaterializeError(f"{len(mode.waiting)} storages were not filled; this is a bug in groundplan, please report it")
+
+
+def state_digest(states: Mapping[str, torch.Tensor]) -> str:
+    """A digest of generator states, under which a plan that depends on random values is bound to them."""
+    digest = hashlib.sha256()
+    for device in sorted(states):
+        digest.update(device.encode() + b"\0" + states[device].numpy().tobytes())
+    return digest.hexdigest()

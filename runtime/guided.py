@@ -1,0 +1,196 @@
+"""The dispatch mode of the constructor's second, real run: it follows the tape, and takes the shortcuts that the tape allows.
+
+Every call is compared with the tape; at the first difference the run is given up (`Diverged`) and started over without shortcuts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..tracer.draws import skip, words
+from ..tracer.graph import Op, ParamGraph
+from ..tracer.liveness import is_anchor
+from ..tracer.schema import Kind, is_random, kind_of
+from ..tracer.tape import is_plain_meta
+from .waiting import WaitingRoom
+
+_UNRECORDED = (Kind.EMPTY, Kind.LIFT, Kind.METADATA, Kind.GEOMETRY)
+_SOMETIMES_RECORDED = (Kind.VIEW, Kind.VALUE)
+
+
+class Diverged(Exception):
+    """The constructor does something else than it did under trace."""
+
+
+class Guided(TorchDispatchMode):
+    """Follows `graph`'s tape. `waits` lets fills wait; `zeros` gives memory that nothing initializes the value 0."""
+
+    def __init__(self, graph: ParamGraph, waits: bool, zeros: bool, progress: Callable[[int], None]) -> None:
+        super().__init__()
+        self.waiting = WaitingRoom(progress)
+        self._ops = [op for op in graph.ops if not _is_host(op)]
+        self._next = 0
+        self._following = True
+        self._waits = waits
+        self._zeros = zeros
+        self._progress = progress
+        self._first_writes = _first_writes(graph)
+        self._exposed = {storage.index for storage in graph.storages if storage.exposed or storage.constant}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    @contextlib.contextmanager
+    def constructing(self) -> Iterator[None]:
+        """The constructor's run; what comes after it (casts, moves) is no longer compared with the tape."""
+        with _trunc_normal_replaced(self):
+            yield
+        self._following = False
+        if self._next != len(self._ops):
+            raise Diverged(f"the constructor ended before {self._ops[self._next].describe()}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = kind_of(func)
+        if self._following:
+            if kind is Kind.FILL:
+                return self._fill(func, args, kwargs)
+            self._follow(func, kind, args, kwargs)
+        tensors = list(_tensors(args, kwargs)) if len(self.waiting) else []
+        if kind is Kind.VIEW:
+            with self.waiting.geometry_only(tensors):
+                return func(*args, **kwargs)
+        for tensor in tensors:
+            self.waiting.fill(tensor)
+        out = func(*args, **kwargs)
+        if self._zeros and kind is Kind.EMPTY and not out.is_meta:
+            out.untyped_storage().fill_(0)
+        return out
+
+    # -- following the tape ---------------------------------------------------------------------------------------------
+
+    def _follow(self, func: Any, kind: Kind, args: Any, kwargs: Any) -> Op | None:
+        """The op on the tape that this call is; None for a call that leaves none there.
+
+        Such are calls on the user's own meta tensors, geometry, and looks at the values of tensors from outside.
+        """
+        if kind in _UNRECORDED or any(is_plain_meta(tensor) for tensor in _tensors(args, kwargs)) or _asks_for_meta(kwargs):
+            return None
+        op = self._ops[self._next] if self._next < len(self._ops) else None
+        if op is not None and op.func is func:
+            self._next += 1
+            return op
+        if kind in _SOMETIMES_RECORDED:
+            return None
+        raise Diverged(f"{func} where the tape has {op.describe() if op else 'nothing more'}")
+
+    def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
+        target, generator = args[0], kwargs.get("generator")
+        op = self._follow(func, Kind.FILL, args, kwargs)
+        if op is None:
+            return func(*args, **kwargs)
+        _check_same(op, target, args[1:])
+        if op.unread and self._leave_out(func, target, generator):
+            return target
+        if self._may_wait(op, target) and self.waiting.take(func, target, args[1:], generator):
+            return target
+        self.waiting.fill(target)
+        func(*args, **kwargs)
+        self._progress(target.nbytes)
+        return target
+
+    def _may_wait(self, op: Op, target: torch.Tensor) -> bool:
+        """Whether the storage holds nothing yet but fills that wait, and nothing looks at it behind torch's back."""
+        storage = op.writes[0].storage
+        if not self._waits or storage in self._exposed or op.kwargs:
+            return False
+        return self.waiting.holds(target) or self._first_writes[storage] == op.index
+
+    def _leave_out(self, func: Any, target: torch.Tensor, generator: torch.Generator | None) -> bool:
+        """Leave out a fill that nothing reads, if its draws can be counted."""
+        if not is_random(func):
+            return True
+        if target.device.type != "cpu":
+            return False
+        count = words(func, target.dtype, target.numel(), target.is_contiguous())
+        if count is None:
+            return False
+        skip(count, generator or torch.default_generator)
+        return True
+
+    def trunc_normal(self, original: Any, tensor: torch.Tensor, bounds: tuple[float, ...], generator: Any) -> torch.Tensor:
+        """`trunc_normal_` is one op on the tape; what it is made of is not followed."""
+        if is_plain_meta(tensor):
+            return original(tensor, *bounds, generator=generator)  # type: ignore[no-any-return]
+        op = self._ops[self._next] if self._next < len(self._ops) else None
+        if op is None or op.func is not original:
+            raise Diverged(f"trunc_normal_ where the tape has {op.describe() if op else 'nothing more'}")
+        _check_same(op, tensor, bounds)
+        self._next += 1
+        self.waiting.fill(tensor)
+        self._following = False
+        try:
+            return original(tensor, *bounds, generator=generator)  # type: ignore[no-any-return]
+        finally:
+            self._following = True
+            self._progress(tensor.nbytes)
+
+
+def _is_host(op: Op) -> bool:
+    """Whether the op stands for what Python did behind torch's back: the second run has no call for it."""
+    return not isinstance(op.func, torch._ops.OpOverload) and not is_anchor(op.func)
+
+
+def _first_writes(graph: ParamGraph) -> dict[int, int]:
+    """For every storage, the first op that writes it and is not left out."""
+    first: dict[int, int] = {}
+    for op in graph.ops:
+        if not op.unread:
+            for view in op.targets:
+                first.setdefault(view.storage, op.index)
+    return first
+
+
+def _check_same(op: Op, target: torch.Tensor, args: tuple[Any, ...]) -> None:
+    view = op.writes[0]
+    here = (target.dtype, tuple(target.shape), target.stride(), target.storage_offset(), *args)
+    if here != (view.dtype, view.size, view.stride, view.offset, *op.args[1:]):
+        raise Diverged(f"{op.describe()} on {here} where the tape has {view}")
+
+
+def _asks_for_meta(kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (each for each in value if isinstance(each, torch.Tensor))
+
+
+@contextlib.contextmanager
+def _trunc_normal_replaced(mode: Guided) -> Iterator[None]:
+    original = nn.init._no_grad_trunc_normal_
+
+    def trunc_normal_(
+        tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        if torch._C._len_torch_dispatch_stack() == 0:  # another thread, outside the mode
+            return original(tensor, mean, std, a, b, generator=generator)  # type: ignore[no-any-return]
+        return mode.trunc_normal(original, tensor, (mean, std, a, b), generator)
+
+    nn.init._no_grad_trunc_normal_ = trunc_normal_
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = original

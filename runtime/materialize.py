@@ -1,0 +1,160 @@
+"""The verb of the third stage: build the module that a plan says.
+
+The constructor runs a second time, for real. The steps of `materialize`:
+
+1. what cannot be built is refused before anything runs
+2. the random states are set: the seed's, or the user's own
+3. the constructor runs, guided by the tape; if it does something else than under trace, once more without shortcuts
+4. the plan's casts and moves are done on the finished module, then whatever still waits is filled
+5. it is checked that nothing is left; on any failure the user's random states come back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..planner.check import check_decisions
+from ..planner.decisions import Decisions
+from ..tracer.ambient import ambient_applied, host_random_now, restore_host_random
+from ..tracer.collect import roots_of
+from ..tracer.errors import MaterializeError
+from ..tracer.graph import ParamGraph
+from ..tracer.liveness import is_anchor
+from ..tracer.streams import generator_states, restore_generators
+from ..tracer.trace import Origin, trace_constructor
+from .check import check_done, check_uninitialized, state_digest
+from .guided import Diverged, Guided
+from .steps import apply_steps
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A constructor with its arguments, what a trace of it gave, and the random states it was traced from."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    graph: ParamGraph
+    origin: Origin = field(repr=False)
+
+    @classmethod
+    def trace(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Build:
+        """Trace `function(*args, **kwargs)`."""
+        graph, origin = trace_constructor(function, *args, **kwargs)
+        return cls(function, args, kwargs, graph, origin)
+
+    def __call__(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+    def under_current_state(self) -> Build:
+        """The same constructor, traced for the generators' present states where its ops depend on them."""
+        if not self.graph.seed_dependent or _same_states(self.origin.torch, generator_states()):
+            return self
+        with ambient_applied(self.graph.ambient):
+            return Build.trace(self.function, self.args, self.kwargs)
+
+    @property
+    def bound_state(self) -> str | None:
+        """The digest of the generator state that the graph holds for, where the constructor looked at random values."""
+        return state_digest(self.origin.torch) if self.graph.seed_dependent else None
+
+
+def materialize(
+    build: Build, decisions: Decisions, seed: int | None = None, uninitialized: str = "error", progress: Progress | None = None
+) -> Any:
+    """The module that `build()` returns, with the steps of `decisions` done to it, bit for bit as eager would have it.
+
+    `seed` is as `torch.manual_seed(seed)` before; None draws from the global generators as they are. They are left as eager leaves
+    them. `progress(done, total)` is called with bytes. Raises `UninitializedError`, `MaterializeError`, or what the constructor raises.
+    """
+    check_decisions(decisions, build.graph)
+    with _restored_on_failure():
+        if seed is not None:
+            torch.manual_seed(seed)
+        build = build.under_current_state()
+        check_uninitialized(build.graph, uninitialized)
+        with _host_random_of(build):
+            return _run(build, decisions, uninitialized == "zero", progress)
+
+
+def _run(build: Build, decisions: Decisions, zeros: bool, progress: Progress | None) -> Any:
+    """The guided run; where the constructor turns out to behave differently from its trace, a plain one instead."""
+    states, host = generator_states(), host_random_now()
+    report = _Bytes(build.graph, progress)
+    mode = Guided(build.graph, bool(decisions.steps), zeros, report.add)
+    try:
+        built = _guided(build, decisions, mode)
+    except Diverged:
+        restore_generators(states)
+        restore_host_random(host)
+        with ambient_applied(build.graph.ambient):
+            built = apply_steps(build(), decisions, build.graph)
+    report.finish()
+    return built
+
+
+def _guided(build: Build, decisions: Decisions, mode: Guided) -> Any:
+    with mode:
+        with ambient_applied(build.graph.ambient), mode.constructing():
+            built = build()
+        roots_of(built)
+        apply_steps(built, decisions, build.graph)
+    mode.waiting.fill_all()
+    check_done(mode)
+    return built
+
+
+@contextmanager
+def _restored_on_failure() -> Iterator[None]:
+    states, host = generator_states(), host_random_now()
+    try:
+        yield
+    except BaseException:
+        restore_generators(states)
+        restore_host_random(host)
+        raise
+
+
+@contextmanager
+def _host_random_of(build: Build) -> Iterator[None]:
+    """Python's and numpy's random states as the trace found them.
+
+    Afterwards they stand where the constructor leaves them, or, if the user has drawn since the trace, where the user left them.
+    """
+    user = host_random_now()
+    restore_host_random(build.origin.host)
+    yield
+    if not user.same(build.origin.host):
+        restore_host_random(user)
+
+
+def _same_states(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(state, other[device]) for device, state in one.items() if device in other)
+
+
+class _Bytes:
+    """Adds up the bytes filled so far, for whoever wants to watch."""
+
+    def __init__(self, graph: ParamGraph, progress: Progress | None) -> None:
+        self._total = sum(op.writes[0].nbytes for op in graph.ops if is_anchor(op.func) and not op.unread)
+        self._done = 0
+        self._progress = progress
+
+    def add(self, nbytes: int) -> None:
+        if self._progress is not None and nbytes:
+            self._done = min(self._done + nbytes, self._total)
+            self._progress(self._done, self._total)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress(self._total, self._total)
+
+
+__all__ = ["Build", "MaterializeError", "materialize"]

@@ -1,0 +1,80 @@
+"""Some tensors only: their recipes are run, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..planner.check import check_decisions
+from ..planner.decisions import Cast, Decisions, final_device
+from ..tracer.ambient import ambient_applied
+from ..tracer.collect import roots_of
+from ..tracer.graph import ParamGraph
+from ..tracer.replay import Replay
+from ..tracer.streams import generator_states, generators_kept
+from ..tracer.trace import trace_constructor
+from .check import check_uninitialized
+from .materialize import Build
+from .steps import apply_steps
+
+
+def materialize_state(
+    build: Build, decisions: Decisions, names: Iterable[str], seed: int | None = None, uninitialized: str = "error"
+) -> dict[str, torch.Tensor]:
+    """The tensors called `names`, with the values that a full build would give them, by name; every one has memory of its own,
+    except that names of one storage share it.
+
+    The global generators are left alone; `seed=None` means the values that a build from their present states would give.
+    Raises `UnknownNameError` for a name that the graph does not have, and `UninitializedError`.
+    """
+    check_decisions(decisions, build.graph)
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        build.graph.tensor(name)
+    with generators_kept():
+        if seed is not None:
+            torch.manual_seed(seed)
+        build = build.under_current_state()
+        check_uninitialized(build.graph, uninitialized, set(names))
+        graph = _with_casts(build, decisions)
+        found = _replayed(graph, names, uninitialized == "zero")
+    return {name: _placed(name, each, build.graph, decisions) for name, each in found.items()}
+
+
+def _with_casts(build: Build, decisions: Decisions) -> ParamGraph:
+    """The graph of the constructor followed by the plan's casts: `module.to` itself is traced, whatever it does."""
+    casts = tuple(step for step in decisions.steps if isinstance(step, Cast))
+    if not casts:
+        return build.graph
+    only_casts = decisions.model_copy(update={"steps": casts})
+
+    def build_and_cast() -> Any:
+        built = build()
+        roots_of(built)
+        return apply_steps(built, only_casts, build.graph)
+
+    with ambient_applied(build.graph.ambient):
+        return trace_constructor(build_and_cast)[0]
+
+
+def _replayed(graph: ParamGraph, names: list[str], zeros: bool) -> dict[str, torch.Tensor]:
+    nodes = {name: graph.tensor(name) for name in names}
+    replay = Replay(graph.ops, graph.storages, generator_states(), zeros=zeros)
+    replay.run(dict.fromkeys(node.view.storage for node in nodes.values()))
+    for node in nodes.values():
+        constant = graph.storages[node.view.storage].constant
+        if constant is not None and constant.value is not None:  # an outside tensor's memory is not ours to hand out
+            storage = replay.storages[node.view.storage]
+            if storage.data_ptr() == constant.value.untyped_storage().data_ptr():
+                replay.storages[node.view.storage] = storage.clone()
+    return {name: replay.open(node.view).requires_grad_(node.requires_grad) for name, node in nodes.items()}
+
+
+def _placed(name: str, tensor: torch.Tensor, graph: ParamGraph, decisions: Decisions) -> torch.Tensor:
+    node = graph.tensor(name)
+    device = torch.device(final_device(node, graph.storages[node.view.storage], decisions))
+    if tensor.device == device:
+        return tensor
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)

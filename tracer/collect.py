@@ -1,0 +1,121 @@
+"""From a finished (traced) module to the tensors and modules of its graph, under all of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import TraceError
+from .graph import Kind, ModuleNode, TensorNode
+from .tape import Tape
+from .traced import public_type
+
+_INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+
+@dataclass(slots=True)
+class _Found:
+    tensor: torch.Tensor
+    kind: Kind
+    persistent: bool
+    names: list[str] = field(default_factory=list)
+
+
+def roots_of(built: Any) -> dict[str, nn.Module]:
+    """The modules that a constructor returned, by their prefix: a module itself has the empty one.
+
+    Raises `TraceError` for anything but a module, or a tuple, list or dict of them.
+    """
+    if isinstance(built, nn.Module):
+        return {"": built}
+    members = built.items() if isinstance(built, Mapping) else enumerate(built) if isinstance(built, tuple | list) else ()
+    found = {str(key): member for key, member in members}
+    wrong = next((f"{key!r}: {type(member).__name__}" for key, member in found.items() if not isinstance(member, nn.Module)), None)
+    if not found or wrong:
+        what = f"one with {wrong}" if wrong else "none of these"
+        raise TraceError(f"a constructor returns an nn.Module, or a tuple or dict of them; this {type(built).__name__} is {what}")
+    return found
+
+
+def collect(built: Any, tape: Tape) -> tuple[tuple[ModuleNode, ...], tuple[TensorNode, ...]]:
+    """The modules and tensors of what the constructor returned, in `named_modules` order."""
+    modules: dict[int, tuple[nn.Module, list[str]]] = {}
+    for prefix, root in roots_of(built).items():
+        _walk(root, prefix, modules)
+    tensors = _tensors(modules)
+    return (
+        tuple(ModuleNode(tuple(names), type(module).__name__, module.training) for module, names in modules.values()),
+        tuple(_node(found, tape) for found in tensors),
+    )
+
+
+def _walk(module: nn.Module, name: str, found: dict[int, tuple[nn.Module, list[str]]]) -> None:
+    """Every module with all its names: those of a shared one's children are given once per name of its own."""
+    entry = found.setdefault(id(module), (module, []))
+    entry[1].append(name)
+    for child, member in module._modules.items():
+        if member is not None:
+            _walk(member, _joined(name, child), found)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _tensors(modules: Mapping[int, tuple[nn.Module, list[str]]]) -> list[_Found]:
+    """Parameters first, then buffers, then other tensors; one that is several of these counts as the first."""
+    found: dict[int, _Found] = {}
+    for kind in ("parameter", "buffer", "attribute"):
+        for module, names in modules.values():
+            for name, tensor, persistent in _members(module, kind):
+                entry = found.setdefault(id(tensor), _Found(tensor, kind, persistent))
+                if entry.kind == kind:
+                    entry.names.extend(_joined(prefix, name) for prefix in names)
+    first = _first_names(found.values())
+    return sorted(found.values(), key=lambda each: first[id(each.tensor)])
+
+
+def _first_names(found: Any) -> dict[int, tuple[int, int]]:
+    order = {"parameter": 0, "buffer": 1, "attribute": 2}
+    return {id(each.tensor): (order[each.kind], place) for place, each in enumerate(found)}
+
+
+def _members(module: nn.Module, kind: Kind) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    if kind == "parameter":
+        yield from ((name, each, True) for name, each in module._parameters.items() if each is not None)
+    elif kind == "buffer":
+        passing = module._non_persistent_buffers_set if hasattr(module, "_non_persistent_buffers_set") else ()
+        yield from ((name, each, name not in passing) for name, each in module._buffers.items() if each is not None)
+    else:
+        for name, value in list(module.__dict__.items()):
+            if name not in _INTERNAL:
+                yield from ((path, each, True) for path, each in _inside(name, value, 0))
+
+
+def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in an attribute: itself, or what its lists, tuples and dicts hold."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif depth < 4 and isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _inside(f"{path}[{index}]", each, depth + 1)
+    elif depth < 4 and isinstance(value, dict):
+        for key, each in value.items():
+            yield from _inside(f"{path}[{key!r}]", each, depth + 1)
+
+
+def _node(found: _Found, tape: Tape) -> TensorNode:
+    tensor = found.tensor
+    return TensorNode(
+        tuple(dict.fromkeys(found.names)),
+        found.kind,
+        tape.view(tensor),
+        tensor.requires_grad,
+        found.persistent,
+        type(tensor.grad_fn).__name__ if tensor.grad_fn is not None else None,
+        public_type(tensor),
+    )

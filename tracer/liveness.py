@@ -1,0 +1,135 @@
+"""Which ops matter: the slice that some storages' values depend on, and what of the tape outlives the constructor."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from .digraph import covers
+from .graph import Op, Storage, View
+from .schema import FILLS
+
+
+class Recorded(Protocol):
+    """What an op must offer here: an `Op`, or an entry that is still being recorded."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def func(self) -> Any: ...
+    @property
+    def reads(self) -> tuple[View, ...]: ...
+    @property
+    def writes(self) -> tuple[View, ...]: ...
+    @property
+    def outputs(self) -> tuple[View | None, ...]: ...
+    @property
+    def overwrites(self) -> bool: ...
+    @property
+    def targets(self) -> tuple[View, ...]: ...
+
+
+class Sized(Protocol):
+    """What a storage must offer here."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def exposed(self) -> bool: ...
+
+
+def slice_for(ops: Sequence[Op], storages: Sequence[Storage], wanted: Iterable[int]) -> tuple[Op, ...]:
+    """The ops, in order, that the final values of the storages `wanted` depend on."""
+    sizes = {storage.index: storage.nbytes for storage in storages}
+    writers: dict[int, list[int]] = {}
+    for op in ops:
+        for view in op.targets:
+            writers.setdefault(view.storage, []).append(op.index)
+    return tuple(ops[index] for index in slice_indices(ops, sizes, writers, wanted))
+
+
+def slice_indices(
+    ops: Sequence[Recorded],
+    nbytes: Mapping[int, int],
+    writers: Mapping[int, Sequence[int]],
+    wanted: Iterable[int],
+    also: Iterable[int] = (),
+) -> list[int]:
+    """Indices of the ops that the storages `wanted`, and the operands of the ops `also`, depend on, those ops included.
+
+    Walks backwards from the last writer of each storage, so it takes time proportional to the slice, not to the tape.
+    """
+    found: set[int] = set()
+    queue = [-index for index in also]
+    heapq.heapify(queue)
+    reached: dict[int, int] = {}  # how far back the writers of a storage are on the queue already; `before` only ever falls
+
+    def ask(storage: int, before: int) -> None:
+        """Put the writers of `storage` before op `before` on the queue, back to the last one that replaces all of it."""
+        if reached.get(storage, before) < before:
+            return
+        indices = writers.get(storage, ())
+        reached[storage] = -1
+        for index in reversed(indices[: bisect_left(indices, before)]):
+            heapq.heappush(queue, -index)
+            if replaces(ops[index], storage, nbytes):
+                reached[storage] = index
+                return
+
+    for storage in wanted:
+        ask(storage, len(ops))
+    while queue:
+        index = -heapq.heappop(queue)
+        if index in found:
+            continue
+        found.add(index)
+        for view in (*ops[index].reads, *kept_targets(ops[index], nbytes)):
+            ask(view.storage, index)
+    return sorted(found)
+
+
+def replaces(op: Recorded, storage: int, nbytes: Mapping[int, int]) -> bool:
+    """Whether `op` leaves nothing of what `storage` held before."""
+    return any(
+        view.storage == storage and (view not in op.writes or op.overwrites) and covers(view, nbytes[storage])
+        for view in op.targets
+    ) and not any(view.storage == storage for view in op.reads)
+
+
+def kept_targets(op: Recorded, nbytes: Mapping[int, int]) -> tuple[View, ...]:
+    """What `op` writes in part, or changes in place: its previous contents matter."""
+    return tuple(view for view in op.writes if not (op.overwrites and covers(view, nbytes[view.storage])))
+
+
+def is_anchor(func: Any) -> bool:
+    """Whether an op is one the runtime may leave out: a fill that looks at no tensor, or `trunc_normal_`."""
+    return func in FILLS or getattr(func, "__name__", "") == "_no_grad_trunc_normal_"
+
+
+def mark_liveness(entries: Sequence[Any], records: Sequence[Sized], kept: Iterable[int]) -> tuple[list[bool], list[bool]]:
+    """For every op: whether it is live, and whether it is unread; `kept` are the storages that outlive the constructor.
+
+    `live` follows reads from live ops only. `unread` holds for a fill whose values no later call looks at before they are
+    overwritten or dropped, not even a dead one: the constructor's second run may leave it out without any call noticing.
+    """
+    exposed = {index for index, record in enumerate(records) if record.exposed}
+    nbytes = {index: record.nbytes for index, record in enumerate(records)}
+    needed, looked_at = set(kept) | exposed, set(kept) | exposed
+    live, unread = [False] * len(entries), [False] * len(entries)
+    for entry in reversed(entries):
+        reaches = [view.storage for view in entry.targets if view.numel]
+        live[entry.index] = entry.sensed or any(storage in needed for storage in reaches)
+        unread[entry.index] = is_anchor(entry.func) and not any(storage in looked_at for storage in reaches)
+        replaced = {storage for storage in reaches if storage not in exposed and replaces(entry, storage, nbytes)}
+        read = {view.storage for view in entry.reads}
+        if live[entry.index]:
+            needed.difference_update(replaced)
+            needed.update(read)
+        if not unread[entry.index]:
+            looked_at.difference_update(replaced)
+            looked_at.update(read)
+            if not is_anchor(entry.func):
+                looked_at.update(view.storage for view in kept_targets(entry, nbytes))
+    return live, unread

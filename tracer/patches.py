@@ -1,0 +1,82 @@
+"""The few functions of torch that cannot take a traced tensor, replaced while a constructor is traced and no longer.
+
+Each replacement does for a `Traced` tensor what the original does for an ordinary one, and hands everything else to the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .tape import Tape
+from .traced import Traced, rewrap
+
+
+@contextlib.contextmanager
+def torch_patched(tape: Tape) -> Iterator[None]:
+    """Make `trunc_normal_` one op on `tape`, and let tensors be made into parameters of any class."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in (
+            (nn.init, "_no_grad_trunc_normal_", _trunc_normal(tape)),
+            (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
+            (nn.Parameter, "__new__", staticmethod(_new_parameter)),
+        ):
+            stack.enter_context(_replaced(owner, name, replacement))
+        stack.enter_context(_cuda_seeds_kept())
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    own = vars(owner).get(name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+_original_trunc_normal = nn.init._no_grad_trunc_normal_
+_original_make_subclass = torch.Tensor._make_subclass
+_original_new_parameter = nn.Parameter.__new__
+
+
+def _trunc_normal(tape: Tape) -> Any:
+    def trunc_normal_(
+        tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        if not isinstance(tensor, Traced):  # an ordinary tensor, or another thread's
+            return _original_trunc_normal(tensor, mean, std, a, b, generator=generator)
+        return tape.trunc_normal(_original_trunc_normal, tensor, mean, std, a, b, generator=generator)
+
+    return trunc_normal_
+
+
+def _make_subclass(cls: type[Any], data: torch.Tensor, requires_grad: bool = False, **kwargs: Any) -> Any:
+    if isinstance(data, Traced) and not kwargs:
+        return rewrap(data, cls, requires_grad)
+    return _original_make_subclass(cls, data, requires_grad, **kwargs)
+
+
+def _new_parameter(cls: type, data: Any = None, requires_grad: bool = True, *rest: Any, **options: Any) -> Any:
+    if isinstance(data, Traced) and cls is not nn.Parameter:
+        return rewrap(data, cls, requires_grad)
+    return _original_new_parameter(cls, data, requires_grad, *rest, **options)
+
+
+@contextlib.contextmanager
+def _cuda_seeds_kept() -> Iterator[None]:
+    """`torch.manual_seed` leaves a note for CUDA where it is not in use yet; a trace's seeds must not reach it."""
+    queued, tracker = torch.cuda._queued_calls[:], dict(vars(torch.cuda._lazy_seed_tracker))
+    try:
+        yield
+    finally:
+        torch.cuda._queued_calls[:] = queued
+        vars(torch.cuda._lazy_seed_tracker).update(tracker)

@@ -1,0 +1,69 @@
+"""The verb of the first stage: run a constructor without allocating, and return the graph of what it creates.
+
+1. the generators' states and torch's settings are noted; the user's come back at the end, also on error
+2. the constructor runs on traced tensors, the tape writes down what it calls
+3. the finished module's tensors get their names, the tape its dead ops
+4. the graph is checked
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .ambient import HostRandom, ambient_now, host_random_now, restore_host_random
+from .collect import collect, roots_of
+from .graph import ParamGraph
+from .patches import torch_patched
+from .streams import generators_kept
+from .tape import Tape
+
+
+class Origin(NamedTuple):
+    """The random states that a constructor was traced from: torch's generators by device, Python's and numpy's."""
+
+    torch: dict[str, torch.Tensor]
+    host: HostRandom
+
+
+def trace_constructor(
+    build: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[ParamGraph, Origin]:
+    """The graph of what `build(*args, **kwargs)` creates, and the random states it was traced from.
+
+    Errors of the constructor come out as they are. Raises `TraceError` for what a trace cannot follow.
+    """
+    ambient, host = ambient_now(), host_random_now()
+    with generators_kept() as states:
+        tape = Tape(states)
+        tape.streams.start_default()
+        try:
+            with tape.streams.private_generators_kept(), torch_patched(tape), tape.recording():
+                built = run_constructor(build, args, kwargs)
+                roots_of(built)
+            moved = not host_random_now().same(host)
+        finally:
+            restore_host_random(host)
+        with torch.no_grad():
+            modules, tensors = collect(built, tape)
+            del built
+            ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
+    graph = ParamGraph(
+        modules,
+        tensors,
+        storages,
+        ops,
+        ambient,
+        "cuda" if ambient.default_device.startswith("cuda") else "cpu",
+        tuple(tape.seed_dependent),
+        moved,
+    )
+    graph.check()
+    return graph, Origin(states, host)
+
+
+def run_constructor(build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the user's constructor; the frames of a site end here."""
+    return build(*args, **kwargs)
