@@ -157,6 +157,8 @@ class Tape(TorchDispatchMode):
                     "kept it in a global, a cache or a default argument. Clear that cache, or create the tensor outside the trace"
                 )
             return tensor._twin
+        if tensor.is_meta:
+            return tensor
         storage = tensor.untyped_storage()
         index = self._outside_index(storage, tensor)
         return meta_over(self.records[index].handle, tensor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import _disabled_torch_function_impl
@@ -40,7 +40,11 @@ class Traced(torch.Tensor):
     __torch_function__ = _disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0]._traced_device
+        if func is torch.ops.aten._has_compatible_shallow_copy_type.default:
+            return all(isinstance(each, Traced) for each in args)
         raise TraceError(
             f"{func} was called on a traced tensor outside its trace. A traced tensor has no values: it must not leave the "
             "constructor (through a global, a thread or a callback). Build the module with plan.materialize() to get values."
