@@ -30,8 +30,8 @@ _SHOWN_FROM = 2**28  # bytes; a model below this is built before a bar could be 
 def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     """Run `build(*args, **kwargs)` without allocating, and plan to build what it creates.
 
-    The constructor runs unmodified; torch's ambient settings (default dtype, default device, grad mode) are honored. `build` returns
-    an `nn.Module`, or a tuple or dict of them. Random generators and torch's settings are afterwards as they were.
+    The constructor runs unmodified; torch's ambient settings (default dtype, default device, grad mode) are honored. `build`
+    returns an `nn.Module`, or a tuple or dict of them. Random generators and torch's settings are afterwards as they were.
 
     Raises whatever the constructor raises, unchanged; `TraceError` for what a trace cannot follow.
 
@@ -93,8 +93,9 @@ class Plan:
     def cast(self, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Plan:
         """Convert floating-point and complex parameters and buffers: the same as `build().to(dtype)`.
 
-        A mapping gives a dtype per pattern of tensor names, the first match first: `{"*norm*": torch.float32, "*": torch.bfloat16}`.
-        Raises `DecisionError` for a dtype that `nn.Module.to` refuses, or a pattern that matches nothing.
+        A mapping gives a dtype per pattern of tensor names, the first match first:
+        `{"*norm*": torch.float32, "*": torch.bfloat16}`. Raises `DecisionError` for a dtype that `nn.Module.to` refuses, or a
+        pattern that matches nothing.
 
         >>> trace(torch.nn.Linear, 3, 4).cast(torch.bfloat16).materialize(seed=0).weight.dtype
         torch.bfloat16
@@ -136,8 +137,8 @@ class Plan:
         check_decisions(self.decisions, built.graph)
         if self.decisions.bound_state != built.bound_state:
             raise PlanFileError(
-                f"the plan for {self.decisions.constructor} holds for the generator state {self.decisions.bound_state}, because the "
-                f"constructor looks at random values, and the generators are now at {built.bound_state}; set the same seed, or trace anew"
+                f"the constructor {self.decisions.constructor} looks at random values, so the plan holds for one generator state "
+                f"only, {self.decisions.bound_state}; it is now {built.bound_state}: set the same seed, or trace anew"
             )
         return Plan(self.decisions, built)
 
@@ -184,8 +185,8 @@ class Plan:
     def _bound(self) -> Build:
         if self._build is None:
             raise PlanFileError(
-                f"this plan was loaded from a file and has no constructor yet; say plan.bind(build, *args, **kwargs) with the one it "
-                f"was traced from, {self.decisions.constructor}"
+                "this plan was loaded from a file and has no constructor yet; say plan.bind(build, *args, **kwargs) with the one "
+                f"that it was traced from, {self.decisions.constructor}"
             )
         return self._build
 

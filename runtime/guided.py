@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..tracer.arguments import is_plain_meta, tensors_in
 from ..tracer.draws import skip, words
 from ..tracer.graph import Op, ParamGraph
 from ..tracer.liveness import is_anchor
 from ..tracer.schema import Kind, is_random, kind_of
-from ..tracer.tape import is_plain_meta
 from .waiting import WaitingRoom
 
 _UNRECORDED = (Kind.EMPTY, Kind.LIFT, Kind.METADATA, Kind.GEOMETRY)
@@ -32,7 +32,7 @@ class Guided(TorchDispatchMode):
     """Follows `graph`'s tape. `waits` lets fills wait; `zeros` gives memory that nothing initializes the value 0."""
 
     def __init__(self, graph: ParamGraph, waits: bool, zeros: bool, progress: Callable[[int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waiting = WaitingRoom(progress)
         self._ops = [op for op in graph.ops if not _is_host(op)]
         self._next = 0
@@ -63,7 +63,7 @@ class Guided(TorchDispatchMode):
             if kind is Kind.FILL:
                 return self._fill(func, args, kwargs)
             self._follow(func, kind, args, kwargs)
-        tensors = list(_tensors(args, kwargs)) if len(self.waiting) else []
+        tensors = list(tensors_in(args, kwargs)) if len(self.waiting) else []
         if kind is Kind.VIEW:
             with self.waiting.geometry_only(tensors):
                 return func(*args, **kwargs)
@@ -81,7 +81,7 @@ class Guided(TorchDispatchMode):
 
         Such are calls on the user's own meta tensors, geometry, and looks at the values of tensors from outside.
         """
-        if kind in _UNRECORDED or any(is_plain_meta(tensor) for tensor in _tensors(args, kwargs)) or _asks_for_meta(kwargs):
+        if kind in _UNRECORDED or any(is_plain_meta(tensor) for tensor in tensors_in(args, kwargs)) or _asks_for_meta(kwargs):
             return None
         op = self._ops[self._next] if self._next < len(self._ops) else None
         if op is not None and op.func is func:
@@ -170,14 +170,6 @@ def _asks_for_meta(kwargs: dict[str, Any]) -> bool:
     return device is not None and torch.device(device).type == "meta"
 
 
-def _tensors(args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from (each for each in value if isinstance(each, torch.Tensor))
-
-
 @contextlib.contextmanager
 def _trunc_normal_replaced(mode: Guided) -> Iterator[None]:
     original = nn.init._no_grad_trunc_normal_
@@ -186,7 +178,7 @@ def _trunc_normal_replaced(mode: Guided) -> Iterator[None]:
         tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         if torch._C._len_torch_dispatch_stack() == 0:  # another thread, outside the mode
-            return original(tensor, mean, std, a, b, generator=generator)  # type: ignore[no-any-return]
+            return original(tensor, mean, std, a, b, generator=generator)
         return mode.trunc_normal(original, tensor, (mean, std, a, b), generator)
 
     nn.init._no_grad_trunc_normal_ = trunc_normal_

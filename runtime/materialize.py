@@ -71,8 +71,9 @@ def materialize(
 ) -> Any:
     """The module that `build()` returns, with the steps of `decisions` done to it, bit for bit as eager would have it.
 
-    `seed` is as `torch.manual_seed(seed)` before; None draws from the global generators as they are. They are left as eager leaves
-    them. `progress(done, total)` is called with bytes. Raises `UninitializedError`, `MaterializeError`, or what the constructor raises.
+    `seed` is as `torch.manual_seed(seed)` before; None draws from the global generators as they are. They are left as eager
+    leaves them. `progress(done, total)` is called with bytes. Raises `UninitializedError`, `MaterializeError`, or what the
+    constructor raises.
     """
     check_decisions(decisions, build.graph)
     with _restored_on_failure():

@@ -34,7 +34,7 @@ def _cast_by_name(root: nn.Module, prefix: str, step: Cast, graph: ParamGraph) -
         dtype = targets.get(id(tensor))
         return tensor if dtype is None else tensor.to(dtype)
 
-    root._apply(convert)  # type: ignore[no-untyped-call]
+    root._apply(convert)
 
 
 def _targets(root: nn.Module, prefix: str, step: Cast, graph: ParamGraph) -> Mapping[int, torch.dtype]:

@@ -1,7 +1,8 @@
 """Storages that wait: empty until something reads them, so that a model is never there twice.
 
-In a run that ends with a cast, a large storage is emptied as soon as it is filled for the first time; its fills are noted with the
-generator's state and done when something reads it (the cast does, one tensor at a time). The generator passes over a fill that waits.
+In a run that ends with a cast, a large storage is emptied as soon as it is filled for the first time; its fills are noted with
+the generator's state and done when something reads it (the cast does, one tensor at a time). The generator passes over a fill
+that waits.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class WaitingRoom:
 
 def _key(tensor: torch.Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        key: int = tensor.untyped_storage()._cdata
+        return key
     except NotImplementedError:  # a sparse tensor has no storage of its own
         return -1
 
@@ -123,6 +125,6 @@ def _aliaser(target: torch.Tensor) -> Callable[[torch.UntypedStorage], torch.Ten
     dtype, offset, size, stride = target.dtype, target.storage_offset(), target.shape, target.stride()
 
     def alias(storage: torch.UntypedStorage) -> torch.Tensor:
-        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
+        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
 
     return alias

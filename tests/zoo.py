@@ -1,4 +1,4 @@
-"""Real constructors that the law is tested on: torch.nn's own, awkward ones, and small configurations of published architectures."""
+"""Real constructors that the law is tested on: torch.nn's own, awkward ones, and small versions of published architectures."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class Buffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.arange(12.0).reshape(3, 4))
-        self.register_buffer("row", self.table[1])
-        self.register_buffer("columns", self.table.t()[1:3], persistent=False)
+        self.register_buffer("row", self.get_buffer("table")[1])
+        self.register_buffer("columns", self.get_buffer("table").t()[1:3], persistent=False)
         self.steps = torch.linspace(0, 1, 5)
         self.cache = {"k": torch.zeros(2, 3), "v": [torch.ones(2), (torch.randn(3), 4)]}
         self.rates = [x.item() for x in torch.linspace(0, 0.3, 4)]
@@ -211,7 +211,7 @@ def awkward() -> dict[str, Constructor]:
 
 
 def _skip_init_filled() -> nn.Module:
-    linear = nn.utils.skip_init(nn.Linear, 4, 4)
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, 4, 4)
     with torch.no_grad():
         linear.weight.normal_()
         linear.bias.zero_()
@@ -262,7 +262,9 @@ def transformers_types() -> dict[str, Constructor]:
         "T5": (tf.T5ForConditionalGeneration, tf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)),
         "ViT": (
             tf.ViTForImageClassification,
-            tf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8),
+            tf.ViTConfig(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+            ),
         ),
         "Swin": (
             tf.SwinForImageClassification,

@@ -50,7 +50,9 @@ class HostRandom(NamedTuple):
     def same(self, other: HostRandom) -> bool:
         """Whether both generators stand where they stand in `other`."""
         mine, theirs = self.numpy, other.numpy
-        return bool(self.python == other.python and mine[0] == theirs[0] and np.array_equal(mine[1], theirs[1]) and mine[2:] == theirs[2:])
+        return bool(
+            self.python == other.python and mine[0] == theirs[0] and np.array_equal(mine[1], theirs[1]) and mine[2:] == theirs[2:]
+        )
 
 
 def host_random_now() -> HostRandom:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import TraceError
 from .graph import Kind, ModuleNode, TensorNode
-from .tape import Tape
+from .ledger import Ledger
 from .traced import public_type
 
 _INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
@@ -34,14 +34,16 @@ def roots_of(built: Any) -> dict[str, nn.Module]:
         return {"": built}
     members = built.items() if isinstance(built, Mapping) else enumerate(built) if isinstance(built, tuple | list) else ()
     found = {str(key): member for key, member in members}
-    wrong = next((f"{key!r}: {type(member).__name__}" for key, member in found.items() if not isinstance(member, nn.Module)), None)
+    wrong = next(
+        (f"{key!r}: {type(member).__name__}" for key, member in found.items() if not isinstance(member, nn.Module)), None
+    )
     if not found or wrong:
         what = f"one with {wrong}" if wrong else "none of these"
         raise TraceError(f"a constructor returns an nn.Module, or a tuple or dict of them; this {type(built).__name__} is {what}")
     return found
 
 
-def collect(built: Any, tape: Tape) -> tuple[tuple[ModuleNode, ...], tuple[TensorNode, ...]]:
+def collect(built: Any, ledger: Ledger) -> tuple[tuple[ModuleNode, ...], tuple[TensorNode, ...]]:
     """The modules and tensors of what the constructor returned, in `named_modules` order."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for prefix, root in roots_of(built).items():
@@ -49,7 +51,7 @@ def collect(built: Any, tape: Tape) -> tuple[tuple[ModuleNode, ...], tuple[Tenso
     tensors = _tensors(modules)
     return (
         tuple(ModuleNode(tuple(names), type(module).__name__, module.training) for module, names in modules.values()),
-        tuple(_node(found, tape) for found in tensors),
+        tuple(_node(found, ledger) for found in tensors),
     )
 
 
@@ -108,12 +110,12 @@ def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.Tens
             yield from _inside(f"{path}[{key!r}]", each, depth + 1)
 
 
-def _node(found: _Found, tape: Tape) -> TensorNode:
+def _node(found: _Found, ledger: Ledger) -> TensorNode:
     tensor = found.tensor
     return TensorNode(
         tuple(dict.fromkeys(found.names)),
         found.kind,
-        tape.view(tensor),
+        ledger.view(tensor),
         tensor.requires_grad,
         found.persistent,
         type(tensor.grad_fn).__name__ if tensor.grad_fn is not None else None,

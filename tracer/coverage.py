@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -80,11 +81,7 @@ def _all_defined(wanted: View, whole: bool, events: Iterable[tuple[View, bool]])
     mask = np.full(length, whole, dtype=np.bool_)
     for piece, defined in pieces:
         piece.of(mask, block)[...] = defined
-    return bool(piece_all(target, mask, block))
-
-
-def piece_all(piece: _Piece, mask: np.ndarray, block: int) -> bool:  # type: ignore[type-arg]
-    return bool(piece.of(mask, block).all())
+    return bool(target.of(mask, block).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +97,7 @@ class _Piece:
     def end(self) -> int:
         return self.offset + self.run + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
 
-    def of(self, mask: np.ndarray, block: int) -> np.ndarray:  # type: ignore[type-arg]
+    def of(self, mask: np.ndarray[Any, np.dtype[np.bool_]], block: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """The part of a mask with one element a block that the piece covers."""
         sizes = (*self.sizes, self.run // block)
         strides = (*(stride // block for stride in self.strides), 1)

@@ -1,6 +1,6 @@
 """How many numbers a fill takes from the CPU's generator, and how to leave them out.
 
-The figures hold for torch's CPU generator (mt19937, 32-bit words); what is not known for sure is `None`, and is then drawn for real.
+The figures hold for torch's CPU generator (mt19937, 32-bit words); what is not known for sure is `None`, and is then drawn.
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ class Op:
 class TensorNode:
     """A tensor of the finished module, under all of its names.
 
-    `names[0]` is the name that `named_parameters` / `named_buffers` gives; the others are its ties. An `attribute` is a tensor that is
-    neither parameter nor buffer: `layer.table`, `layer.tables[0]`, `layer.cache['k']`.
+    `names[0]` is the name that `named_parameters` / `named_buffers` gives; the others are its ties. An `attribute` is a tensor
+    that is neither parameter nor buffer: `layer.table`, `layer.tables[0]`, `layer.cache['k']`.
     """
 
     names: tuple[str, ...]

@@ -52,7 +52,7 @@ class Replay:
         """The real tensor that `view` stands for."""
         storage = self._storage(view.storage)
         tensor = torch.empty(0, dtype=view.dtype, device=storage.device)
-        tensor.set_(storage, view.offset, view.size, view.stride)  # type: ignore[call-overload]
+        tensor.set_(storage, view.offset, view.size, view.stride)
         if view.conj:
             tensor = tensor.conj()
         return tensor._neg_view() if view.neg else tensor
@@ -64,7 +64,7 @@ class Replay:
         return _Sizes(self._records)
 
     @cached_property
-    def _writers(self) -> Mapping[int, Sequence[int]]:
+    def _writers(self) -> Mapping[int, Any]:
         if self._records and hasattr(self._records[0], "writers"):
             return _Writers(self._records)
         writers: dict[int, list[int]] = {}
@@ -74,7 +74,7 @@ class Replay:
         return writers
 
     def _to_run(self, wanted: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The ops to run, and the random ones that have to be passed over; how much one of these draws may depend on what it reads."""
+        """The ops to run, and the random ones to pass over: where one of these reads something, its draws may depend on that."""
         needed = slice_indices(self._ops, self._nbytes, self._writers, wanted)
         while True:
             chain = self._chain(needed)
@@ -194,11 +194,11 @@ class Replay:
     def _fresh(self, index: int) -> torch.UntypedStorage:
         record = self._records[index]
         if record.constant is None:
-            fresh = torch.UntypedStorage(record.nbytes, device=torch.device(record.device))
-            return fresh.fill_(0) if self._zeros else fresh
+            make = torch.zeros if self._zeros else torch.empty
+            return make(record.nbytes, dtype=torch.uint8, device=torch.device(record.device)).untyped_storage()
         if record.constant.value is None:
             raise TraceError(
-                f"the contents of a constant of shape {record.constant.size} and {record.constant.dtype} are not at hand; trace again"
+                f"the contents of a constant of shape {record.constant.size} and {record.constant.dtype} are gone; trace again"
             )
         source: torch.UntypedStorage = record.constant.value.untyped_storage()
         return source.clone() if self._writers.get(index) else source

@@ -103,9 +103,7 @@ def is_random(func: Any) -> bool:
 @cache
 def mutated_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of every argument that the operator writes."""
-    return tuple(
-        (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-    )
+    return tuple((i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
 @cache
@@ -117,5 +115,5 @@ def overwrites(func: Any) -> bool:
 @cache
 def reads_geometry_only(func: Any) -> bool:
     """`zeros_like(t)`, `t.new_full(...)`: a tensor argument that is asked for its shape, never for its values."""
-    name = func._schema.name.removeprefix("aten::")
+    name: str = func._schema.name.removeprefix("aten::")
     return name.endswith("_like") or name.startswith("new_")

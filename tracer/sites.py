@@ -1,7 +1,7 @@
 """Where an op was called: the init function and the lines of Python on the way there.
 
 A `TorchFunctionMode` sees only four of torch's fourteen init functions, and costs half as much again as the whole trace; the
-calling frames name all of them for next to nothing. Frames are kept as (code, line) while tracing and turned into text afterwards.
+calling frames name all of them for next to nothing. They are kept as (code, line) while tracing and turned into text afterwards.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def capture() -> RawSite:
     """The site of the op being recorded, from the calling frames."""
     frame: FrameType | None = sys._getframe(2)
     lines: list[tuple[CodeType, int]] = []
-    init, init_args = None, ()
+    init: str | None = None
+    init_args: tuple[tuple[str, Any], ...] = ()
     users = 0
     while frame is not None and users < _USER_FRAMES:
         code = frame.f_code

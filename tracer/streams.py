@@ -1,8 +1,8 @@
 """Random streams: which state of which generator a recorded op starts from.
 
-After every recorded random op the real generator is put into a state that exists nowhere else, a *fingerprint* (a seed that nobody
-chose). At the next op, a known fingerprint says which op the stream follows, so saving, restoring and forking a generator are
-understood without watching for them; an unknown state is one that the constructor set itself.
+After every recorded random op the real generator is put into a state that exists nowhere else, a *fingerprint* (a seed that
+nobody chose). At the next op, a known fingerprint says which op the stream follows, so saving, restoring and forking a generator
+are understood without watching for them; an unknown state is one that the constructor set itself.
 
 Generators arrive at the dispatcher in fresh wrappers; their state is the only identity they have.
 """

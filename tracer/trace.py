@@ -28,9 +28,7 @@ class Origin(NamedTuple):
     host: HostRandom
 
 
-def trace_constructor(
-    build: Callable[..., Any], *args: Any, **kwargs: Any
-) -> tuple[ParamGraph, Origin]:
+def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[ParamGraph, Origin]:
     """The graph of what `build(*args, **kwargs)` creates, and the random states it was traced from.
 
     Errors of the constructor come out as they are. Raises `TraceError` for what a trace cannot follow.
@@ -38,16 +36,16 @@ def trace_constructor(
     ambient, host = ambient_now(), host_random_now()
     with generators_kept() as states:
         tape = Tape(states)
-        tape.streams.start_default()
+        tape.ledger.streams.start_default()
         try:
-            with tape.streams.private_generators_kept(), torch_patched(tape), tape.recording():
+            with tape.ledger.streams.private_generators_kept(), torch_patched(tape), tape.recording():
                 built = run_constructor(build, args, kwargs)
                 roots_of(built)
             moved = not host_random_now().same(host)
         finally:
             restore_host_random(host)
         with torch.no_grad():
-            modules, tensors = collect(built, tape)
+            modules, tensors = collect(built, tape.ledger)
             del built
             ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
     graph = ParamGraph(
@@ -57,7 +55,7 @@ def trace_constructor(
         ops,
         ambient,
         "cuda" if ambient.default_device.startswith("cuda") else "cpu",
-        tuple(tape.seed_dependent),
+        tuple(tape.values.seed_dependent),
         moved,
     )
     graph.check()

@@ -37,10 +37,12 @@ class Traced(torch.Tensor):
     _twin: torch.Tensor
     _traced_device: torch.device
 
-    __torch_function__ = _disabled_torch_function_impl
+    __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.prim.device.default:
             return args[0]._traced_device
         if func is torch.ops.aten._has_compatible_shallow_copy_type.default:
@@ -67,14 +69,13 @@ class Traced(torch.Tensor):
         return self._traced_device.type == "cuda"
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
-        return _BASE_DATA.__get__(self, type(self))  # type: ignore[no-any-return]
+    def data(self) -> torch.Tensor:
+        plain: torch.Tensor = _BASE_DATA.__get__(self, type(self))
+        return plain
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        if not isinstance(value, Traced):
-            value = torch.ops.aten.lift_fresh(value)
-        self._mirror(value)
+        self._mirror(value if isinstance(value, Traced) else torch.ops.aten.lift_fresh(value))
 
     def _mirror(self, other: Traced) -> None:
         """Show the same view of the same storage as `other`."""
@@ -160,9 +161,7 @@ _NOT_A_LEAF = (
 
 def wrap(twin: torch.Tensor, device: torch.device, cls: type[Traced] = Traced, requires_grad: bool = False) -> Traced:
     """A traced tensor over the meta tensor `twin`, reporting `device`; the two share a (memoryless) storage."""
-    traced: Traced = torch.Tensor._make_subclass(  # type: ignore[assignment]
-        cls, twin, requires_grad, dispatch_device=True, device_for_backend_keys=device
-    )
+    traced: Traced = torch.Tensor._make_subclass(cls, twin, requires_grad, dispatch_device=True, device_for_backend_keys=device)
     traced._twin, traced._traced_device = twin, device
     return traced
 
@@ -189,7 +188,7 @@ def meta_over(handle: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
     """A meta tensor with the geometry of `like` over the meta storage `handle`."""
     with torch._C._DisableTorchDispatch(), torch.no_grad():
         twin = torch.empty(0, dtype=like.dtype, device=META)
-        twin.set_(handle, int(like.storage_offset()), like.shape, like.stride())  # type: ignore[call-overload]
+        twin.set_(handle, int(like.storage_offset()), like.shape, like.stride())
         if like.is_conj():
             twin = twin.conj()
         return twin._neg_view() if like.is_neg() else twin
@@ -207,6 +206,4 @@ def public_type(tensor: torch.Tensor) -> str:
 
 def view_of(twin: torch.Tensor, storage: int) -> View:
     """The view that the tape writes down for a meta (or outside) tensor."""
-    return View(
-        storage, twin.dtype, tuple(twin.shape), twin.stride(), int(twin.storage_offset()), twin.is_conj(), twin.is_neg()
-    )
+    return View(storage, twin.dtype, tuple(twin.shape), twin.stride(), int(twin.storage_offset()), twin.is_conj(), twin.is_neg())

@@ -1,0 +1,208 @@
+"""The ledger of a running trace: its storages and its ops, as they are written down.
+
+Storages are known by the key of the meta storage that stands for them; a storage from outside gets one when it is first used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import TraceError
+from .graph import Constant, Op, Storage, StreamPosition, View
+from .schema import is_random
+from .sites import RawSite, capture, spell
+from .streams import Streams
+from .traced import META, Traced, meta_over, view_of
+
+_COPIED_BYTES = 2**20
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An op while it is recorded; see `Op` for the fields. `sensed`: the constructor looked at what it reads."""
+
+    index: int
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    reads: tuple[View, ...]
+    writes: tuple[View, ...]
+    outputs: tuple[View | None, ...]
+    overwrites: bool
+    site: RawSite
+    position: StreamPosition | None
+    sensed: bool
+
+    @property
+    def targets(self) -> tuple[View, ...]:
+        return self.writes + tuple(view for view in self.outputs if view is not None)
+
+    def finished(self, live: bool, unread: bool) -> Op:
+        """The op as the graph keeps it."""
+        name = str(self.func) if isinstance(self.func, torch._ops.OpOverload) else self.func.__name__.removeprefix("_no_grad_")
+        made = (self.args, self.kwargs, self.reads, self.writes, self.outputs, self.overwrites)
+        return Op(self.index, name, *made, spell(self.site), self.position, live, unread, self.func)
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """A storage while it is recorded. `handle` is the meta storage that stands for it, and keeps its key unique."""
+
+    index: int
+    handle: torch.UntypedStorage
+    device: torch.device
+    constant: Constant | None = None
+    exposed: bool = False
+    writers: list[int] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return self.handle.nbytes()
+
+    @property
+    def everything(self) -> View:
+        """All of its bytes."""
+        return View(self.index, torch.uint8, (self.nbytes,), (1,))
+
+    @property
+    def is_referenced(self) -> bool:
+        """Whether anything but the ledger still refers to it."""
+        return torch._C._storage_Use_Count(self.handle._cdata) > 1
+
+    def finished(self, held: bool) -> Storage:
+        """The storage as the graph keeps it."""
+        return Storage(self.index, self.nbytes, str(self.device), self.constant, self.exposed, held)
+
+
+class Ledger:
+    """Storages and ops of one trace, in the order in which they came to be."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.records: list[Record] = []
+        self.streams = Streams()
+        self._indices: dict[int, int] = {}
+        self._outside: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    # -- storages -------------------------------------------------------------------------------------------------------
+
+    def adopt(self, twin: torch.Tensor, device: torch.device, constant: Constant | None = None) -> Record:
+        """Enter the storage of a new meta tensor."""
+        storage = twin.untyped_storage()
+        record = Record(len(self.records), storage, device, constant)
+        self.records.append(record)
+        self._indices[storage._cdata] = record.index
+        return record
+
+    def adopt_constant(self, memory: torch.Tensor, like: torch.Tensor, device: torch.device) -> Record:
+        """Enter a storage with known contents, the bytes `memory`, which are described as having the geometry of `like`."""
+        constant = Constant(tuple(like.shape), like.dtype, digest_of(memory), memory)
+        return self.adopt(torch.empty(memory.numel(), dtype=torch.uint8, device=META), device, constant)
+
+    def outside(self, storage: torch.UntypedStorage, like: torch.Tensor | None = None) -> Record:
+        """The record of a real storage: its contents are noted when it is first used."""
+        known = self._outside.get(storage._cdata)
+        if known is not None:
+            return self.records[known[0]]
+        memory = bytes_of(storage)
+        if memory.device.type == "cpu" and memory.numel() <= _COPIED_BYTES:
+            with torch._C._DisableTorchDispatch():
+                memory = memory.clone()
+        record = self.adopt_constant(memory, memory if like is None else like, storage.device)
+        self._outside[storage._cdata] = (record.index, storage)
+        return record
+
+    def is_outside(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a real tensor that has been used before."""
+        return not isinstance(tensor, Traced) and not tensor.is_meta and tensor.untyped_storage()._cdata in self._outside
+
+    def knows(self, twin: torch.Tensor) -> bool:
+        """Whether the storage of a meta tensor has been entered."""
+        return twin.untyped_storage()._cdata in self._indices
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The meta tensor that stands for `tensor`; the user's own meta tensors stand for themselves."""
+        if isinstance(tensor, Traced):
+            if not self.knows(tensor._twin):
+                raise TraceError(
+                    f"a tensor of shape {tuple(tensor.shape)} that an earlier trace made was used in this one: the constructor "
+                    "kept it in a global, a cache or a default argument. Clear that cache, or create the tensor outside the trace"
+                )
+            return tensor._twin
+        if tensor.is_meta:
+            return tensor
+        return meta_over(self.outside(tensor.untyped_storage(), tensor).handle, tensor)
+
+    def view(self, tensor: torch.Tensor) -> View:
+        """`tensor` as the tape writes it down."""
+        return self.view_of_twin(self.twin(tensor))
+
+    def view_of_twin(self, twin: torch.Tensor) -> View:
+        """A meta tensor over an entered storage, as the tape writes it down."""
+        return view_of(twin, self._indices[twin.untyped_storage()._cdata])
+
+    def twin_of_view(self, view: View) -> torch.Tensor:
+        """The meta tensor that a view stands for."""
+        twin = torch.empty(0, dtype=view.dtype, device=META)
+        return twin.set_(self.records[view.storage].handle, view.offset, view.size, view.stride)
+
+    # -- ops ------------------------------------------------------------------------------------------------------------
+
+    def write_down(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: tuple[tuple[str, Any], ...] = (),
+        *,
+        reads: tuple[View, ...] = (),
+        writes: tuple[View, ...] = (),
+        outputs: tuple[View | None, ...] = (),
+        overwrites: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device = META,
+        sensed: bool = False,
+    ) -> None:
+        """Add an op at the end of the tape; one that draws takes its place in its generator's stream."""
+        index = len(self.entries)
+        stream = generator.device if generator is not None else device
+        position = self.streams.position(generator, stream) if _draws(func) else None
+        site = capture()
+        entry = Entry(index, func, args, kwargs, reads, writes, outputs, overwrites, site, position, sensed)
+        self.entries.append(entry)
+        for view in entry.targets:
+            self.records[view.storage].writers.append(index)
+        if position is not None:
+            self.streams.advance(generator, stream, index)
+
+
+def host_write(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Stands on the tape for a change that Python made to a tensor's memory behind torch's back."""
+    return target.copy_(source)
+
+
+def host_read(*_: torch.Tensor) -> None:
+    """Stands on the tape for a look at a tensor's memory that torch did not see."""
+
+
+_HOST: tuple[Callable[..., Any], ...] = (host_write, host_read)
+
+
+def _draws(func: Any) -> bool:
+    return is_random(func) if isinstance(func, torch._ops.OpOverload) else func not in _HOST
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """A real storage as one uint8 tensor over the same memory."""
+    with torch._C._DisableTorchDispatch():
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def digest_of(memory: torch.Tensor) -> str:
+    """A digest of the bytes of a uint8 tensor."""
+    with torch._C._DisableTorchDispatch():
+        return hashlib.sha256(memory.cpu().numpy().data).hexdigest()
