@@ -109,7 +109,7 @@ class Guided(TorchDispatchMode):
     def _may_wait(self, op: Op, target: torch.Tensor) -> bool:
         """Whether the storage holds nothing yet but fills that wait, and nothing looks at it behind torch's back."""
         storage = op.writes[0].storage
-        if not self._waits or storage in self._exposed or op.kwargs:
+        if not self._waits or storage in self._exposed or any(name != "generator" for name, _ in op.kwargs):
             return False
         return self.waiting.holds(target) or self._first_writes[storage] == op.index
 

@@ -41,7 +41,7 @@ def mapped_kwargs(kwargs: Mapping[str, Any], change: Callable[[torch.Tensor], An
 
 
 def frozen(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """As the tape keeps it: every tensor changed, lists as tuples, generators (a position stands for them) left out."""
+    """As the tape keeps it: every tensor changed, lists as tuples, None for a generator (the op's position stands for it)."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, list | tuple):
@@ -51,7 +51,7 @@ def frozen(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
 
 def frozen_kwargs(kwargs: Mapping[str, Any], change: Callable[[torch.Tensor], Any]) -> tuple[tuple[str, Any], ...]:
     """The keyword arguments as the tape keeps them."""
-    return tuple((name, frozen(value, change)) for name, value in kwargs.items() if name != "generator")
+    return tuple((name, frozen(value, change)) for name, value in kwargs.items())
 
 
 def without_generator(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

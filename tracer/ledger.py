@@ -139,8 +139,11 @@ class Ledger:
         return meta_over(self.outside(tensor.untyped_storage(), tensor).handle, tensor)
 
     def view(self, tensor: torch.Tensor) -> View:
-        """`tensor` as the tape writes it down."""
-        return self.view_of_twin(self.twin(tensor))
+        """`tensor` as the tape writes it down; one that the user made on the meta device has a storage without contents."""
+        twin = self.twin(tensor)
+        if twin is tensor and not self.knows(twin):
+            self.adopt(twin, META)
+        return self.view_of_twin(twin)
 
     def view_of_twin(self, twin: torch.Tensor) -> View:
         """A meta tensor over an entered storage, as the tape writes it down."""

@@ -37,9 +37,8 @@ class Replay:
         self._zeros = zeros
         self._ends: dict[int, torch.Tensor] = {}
 
-    def run(self, wanted: Iterable[int], known: Mapping[int, torch.UntypedStorage] | None = None) -> None:
-        """Build the storages `wanted`; those `known` are taken as they are."""
-        self.storages.update(known or {})
+    def run(self, wanted: Iterable[int]) -> None:
+        """Build the storages `wanted`."""
         wanted = list(wanted)
         needed, chain = self._to_run(wanted)
         self.ambient = any(self._ops[index].position.origin == "ambient" for index in chain)

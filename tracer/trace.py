@@ -46,7 +46,6 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
             restore_host_random(host)
         with torch.no_grad():
             modules, tensors = collect(built, tape.ledger)
-            del built
             ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
     graph = ParamGraph(
         modules,

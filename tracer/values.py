@@ -46,7 +46,9 @@ class Values:
         wanted = list(dict.fromkeys(view.storage for view in views))
         with _disable_current_modes():
             replay = Replay(self._ledger.entries, self._ledger.records, self._states)
-            replay.run([index for index in wanted if index not in self._known(wanted)], self._known(wanted))
+            known = self._known(wanted)
+            replay.run([index for index in wanted if index not in known])
+            replay.storages.update(known)
             if not replay.ambient:
                 self._remember(wanted, replay)
             elif (frame := here()) is not None:
