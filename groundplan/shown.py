@@ -64,7 +64,7 @@ def shortened(text: str, width: int) -> str:
     """`text` in at most `width` characters: a longer one loses its middle, a dotted name whole components of it.
 
     >>> shortened("model.layers.{0-125}.mlp.experts.gate_proj.weight", 40)
-    'model.layers.{0-125}.….gate_proj.weight'
+    'model.layers.….experts.gate_proj.weight'
     >>> shortened("model.layers.{0-60}.self_attn.kv_a_proj_with_mqa.weight", 50)
     'model.layers.{0-60}.self_attn.kv_a_proj_wi….weight'
     """

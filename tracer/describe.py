@@ -73,7 +73,7 @@ def _brief(op: Op, hidden: Sequence[View] = ()) -> str:
 
 def _shown(op: Op, hidden: Sequence[View]) -> list[tuple[str, Any]]:
     arguments = op.site.init_args if op.site.init is not None else _arguments(op)
-    shown = [(name, value) for name, value in arguments if value not in hidden]
+    shown = [(name, value) for name, value in arguments if not (isinstance(value, View) and value in hidden)]
     plain = len(shown) == 1 or all(name in _RANGE for name, _ in shown)
     return [("" if plain and name in _PLAIN else name, value) for name, value in shown]
 
