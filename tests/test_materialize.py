@@ -69,7 +69,7 @@ def test_dead_fills_are_left_out(runs: dict[str, int]) -> None:
 
 
 def test_a_constructor_that_changes_is_run_without_shortcuts(runs: dict[str, int]) -> None:
-    calls = []
+    calls: list[None] = []
 
     def changing() -> nn.Module:
         calls.append(None)
@@ -197,7 +197,7 @@ def test_a_cast_by_names_converts_what_it_names() -> None:
 def test_an_overridden_apply_is_called() -> None:
     class Keeps(nn.Linear):
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self.bias.data = self.bias.data.double()
             return self
 

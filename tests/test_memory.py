@@ -147,7 +147,7 @@ def test_a_view_becomes_a_tensor_of_its_own() -> None:
 # -- what torch really does ---------------------------------------------------------------------------------------------
 
 
-class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Live(TorchDispatchMode):
     """Counts the bytes of the storages that ops create, while they are alive."""
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import groundplan as gp
 from groundplan.tracer.graph import Op, ParamGraph
 
 from . import zoo
+from .law import generator_states
 
 
 def graph_of(build: Any, *args: Any, **kwargs: Any) -> ParamGraph:
@@ -162,7 +164,7 @@ def test_every_init_function_is_named(name: str) -> None:
 def test_a_site_is_the_constructors_line() -> None:
     line = graph_of(zoo.Data).recipe("e")[-1].site.line
     assert line is not None and line.function == "__init__" and line.file.endswith("zoo.py")
-    source = open(zoo.__file__, encoding="utf-8").read().splitlines()[line.line - 1]
+    source = Path(zoo.__file__).read_text(encoding="utf-8").splitlines()[line.line - 1]
     assert "trunc_normal_(self.e)" in source
 
 
@@ -171,16 +173,21 @@ def test_a_site_is_the_constructors_line() -> None:
 
 def test_outside_tensors_are_constants_and_stay_as_they_are() -> None:
     table = torch.arange(6.0)
+    seen: list[object] = []
 
     class Uses(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.table = table
             table.mul_(2)
+            table[1:3].fill_(7)
+            seen.append((table.numpy().tolist(), table.sum().item(), table.tolist()))
             self.doubled = nn.Parameter(table + 1)
 
+    version = table._version
     graph = graph_of(Uses)
-    assert torch.equal(table, torch.arange(6.0))
+    assert torch.equal(table, torch.arange(6.0)) and table._version == version
+    assert seen == [([0, 7, 7, 6, 8, 10], 38, [0, 7, 7, 6, 8, 10])]
     constant = graph.storages[graph.tensor("table").view.storage].constant
     assert constant is not None and constant.size == (6,) and constant.dtype == torch.float32
 
@@ -241,7 +248,7 @@ def test_seeds_and_private_generators_are_explicit() -> None:
 
 def test_tracing_leaves_every_generator_where_it_stood() -> None:
     private = torch.Generator().manual_seed(3)
-    before = torch.get_rng_state(), private.get_state(), random.getstate(), np.random.get_state()[1].tolist()
+    before, own = generator_states(), private.get_state()
 
     class Draws(nn.Module):
         def __init__(self) -> None:
@@ -251,8 +258,7 @@ def test_tracing_leaves_every_generator_where_it_stood() -> None:
             torch.manual_seed(1)
 
     gp.trace(Draws)
-    assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(private.get_state(), before[1])
-    assert random.getstate() == before[2] and np.random.get_state()[1].tolist() == before[3]
+    assert generator_states() == before and torch.equal(private.get_state(), own)
 
 
 # -- values -------------------------------------------------------------------------------------------------------------

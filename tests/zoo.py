@@ -44,6 +44,8 @@ def builtins() -> dict[str, Constructor]:
         "RMSNorm": (6,),
         "Embedding": (11, 4),
         "EmbeddingBag": (11, 4),
+        "RNNBase": ("GRU", 4, 5),
+        "RNNCellBase": (4, 5, True, 3),
         "RNN": (4, 5, 2),
         "GRU": (4, 5, 2),
         "LSTM": (4, 5, 2),
@@ -60,6 +62,8 @@ def builtins() -> dict[str, Constructor]:
     found: dict[str, Constructor] = {f"nn.{name}": _call(getattr(nn, name), *args) for name, args in calls.items()}
     return found | {
         "nn.InstanceNorm2d affine": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        "nn.FractionalMaxPool2d": lambda: nn.FractionalMaxPool2d(3, 4, _random_samples=torch.rand(1, 2, 2)),
+        "nn.FractionalMaxPool3d": lambda: nn.FractionalMaxPool3d(3, 4, _random_samples=torch.rand(1, 2, 3)),
         "nn.Embedding padding_idx": lambda: nn.Embedding(11, 4, padding_idx=3),
         "nn.LSTM bidirectional proj": lambda: nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3),
         "nn.MultiheadAttention kdim": lambda: nn.MultiheadAttention(8, 2, kdim=5, vdim=6, add_bias_kv=True),

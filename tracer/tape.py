@@ -108,6 +108,7 @@ class Tape(TorchDispatchMode):
         target = args[0]
         if is_plain_meta(target):
             return func(*args, **kwargs)
+        self._borrow(target)
         twin = self.ledger.twin(target)
         self._check_fill(func, twin, args[1:], kwargs)
         view = self.ledger.view_of_twin(twin)
@@ -158,9 +159,13 @@ class Tape(TorchDispatchMode):
             return func(source)
         storage = source.untyped_storage()
         record = self.ledger.outside(storage, source)
-        if source.device.type == "cpu" and not storage.resizable() and not record.exposed:
-            self.values.watch(record, bytes_of(storage))  # numpy's own memory
+        if source.device.type == "cpu" and not storage.resizable():
+            self.values.lend(record, bytes_of(storage))  # numpy's own memory
         return wrap(meta_over(record.handle, source), source.device)
+
+    def _borrow(self, target: torch.Tensor) -> None:
+        if not isinstance(target, Traced):
+            self.values.borrow(target)
 
     def copy_storage(self, tensor: Traced) -> torch.Tensor:
         """What `copy.deepcopy` does to a plain tensor: its whole storage is copied, and the same view taken of the copy."""
@@ -235,7 +240,10 @@ class Tape(TorchDispatchMode):
             return func(*mapped(args, _meta_twin), **mapped_kwargs(kwargs, _meta_twin))
         view = self.ledger.view
         reads = () if reads_geometry_only(func) else tuple(view(each) for each in operands(func, args, kwargs))
-        writes = tuple(view(each) for each in written(func, args, kwargs))
+        changed = written(func, args, kwargs)
+        for each in changed:
+            self._borrow(each)
+        writes = tuple(view(each) for each in changed)
         recorded = frozen(args, view), frozen_kwargs(kwargs, view)
         twins = {id(each): self.ledger.twin(each) for each in tensors}
         out = self._result_geometry(func, args, kwargs, twins, reads + writes)

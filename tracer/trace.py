@@ -36,17 +36,15 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
     ambient, host = ambient_now(), host_random_now()
     with generators_kept() as states:
         tape = Tape(states)
-        tape.ledger.streams.start_default()
         try:
-            with tape.ledger.streams.private_generators_kept(), torch_patched(tape), tape.recording():
-                built = run_constructor(build, args, kwargs)
-                roots_of(built)
+            built = _recorded(tape, build, args, kwargs)
             moved = not host_random_now().same(host)
+            with torch.no_grad():
+                modules, tensors = collect(built, tape.ledger)
+                ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
         finally:
             restore_host_random(host)
-        with torch.no_grad():
-            modules, tensors = collect(built, tape.ledger)
-            ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
+            tape.values.give_back()
     graph = ParamGraph(
         modules,
         tensors,
@@ -59,6 +57,16 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
     )
     graph.check()
     return graph, Origin(states, host)
+
+
+def _recorded(tape: Tape, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the constructor returns, made of traced tensors."""
+    streams = tape.ledger.streams
+    streams.start_default()
+    with streams.private_generators_kept(), torch_patched(tape), tape.recording():
+        built = run_constructor(build, args, kwargs)
+    roots_of(built)
+    return built
 
 
 def run_constructor(build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

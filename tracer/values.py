@@ -38,6 +38,8 @@ class Values:
         self._ledger = ledger
         self._states = states
         self._watched: list[_Watched] = []
+        self._borrowed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._versions: list[tuple[torch.Tensor, int]] = []
         self._cache: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     @contextmanager
@@ -96,6 +98,34 @@ class Values:
         """From now on `memory` shows a storage's contents to Python code, which may change them."""
         record.exposed = True
         self._watched.append(_Watched(record, memory, digest_of(memory)))
+
+    def borrow(self, tensor: torch.Tensor) -> None:
+        """A real tensor from outside is about to be written: let its memory show it, until `give_back`.
+
+        A large one is not written for real; only Python code that looks behind torch could tell.
+        """
+        storage = tensor.untyped_storage()
+        record = self._ledger.outside(storage, tensor)
+        if not tensor.is_inference():
+            self._versions.append((tensor, tensor._version))
+        if record.nbytes <= _CACHED_BYTES and record.device.type == "cpu":
+            self.lend(record, bytes_of(storage))
+
+    def lend(self, record: Record, memory: torch.Tensor) -> None:
+        """Watch `memory`, and put it back into its present state in the end."""
+        if all(watched.record is not record for watched in self._watched):
+            with torch._C._DisableTorchDispatch():
+                self._borrowed.append((memory, memory.clone()))
+            self.watch(record, memory)
+
+    def give_back(self) -> None:
+        """Put everything from outside back into the state in which the trace found it."""
+        for memory, content in self._borrowed:
+            memory.copy_(content)
+        for tensor, version in reversed(self._versions):
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+        self._watched.clear()
+        self._borrowed.clear()
 
     def sync(self) -> None:
         """Write down what Python has changed in memory that it holds."""

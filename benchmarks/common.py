@@ -1,0 +1,208 @@
+"""What the benchmarks share: the models, children that measure one side each, and medians of ratios.
+
+A benchmark compares two sides (groundplan and eager, say). Every measurement runs in a child process of its own, so that peak
+memory belongs to one side; the sides alternate, and what is reported is the median of the ratios of neighboring runs, as a
+machine that others use as well has no meaningful absolute times. Linux only: memory is read from /proc/self.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "configs"
+Build = Callable[[], nn.Module]
+Result = dict[str, Any]
+
+
+# -- models -------------------------------------------------------------------------------------------------------------
+
+
+def published(config: str, **changes: Any) -> Build:
+    """The transformers class of a file in examples/configs, some of its fields changed."""
+    from groundplan.spec import parse_spec
+
+    spec = parse_spec(str(CONFIGS / f"{config}.json"), changes)
+    return lambda: spec.build(*spec.args, **spec.kwargs)
+
+
+def default_of(model: str, config: str, **changes: Any) -> Build:
+    """A transformers class with its configuration class's defaults, some fields changed."""
+    import transformers
+
+    kind, options = getattr(transformers, model), getattr(transformers, config)(**changes)
+    return lambda: kind(options)
+
+
+MODELS: dict[str, Callable[..., Build]] = {
+    "Llama-3.1-405B": lambda **changes: published("llama-3.1-405b", **changes),
+    "DeepSeek-V3": lambda **changes: published("deepseek-v3", **changes),
+    "Llama-3.2-1B": lambda **changes: published("llama-3.2-1b", **changes),
+    "Llama-3.2-1B, 4 layers": lambda **changes: published("llama-3.2-1b", **{"num_hidden_layers": 4} | changes),
+    "ViT-base": lambda **changes: published("vit-base-patch16-224", **changes),
+    "BERT-base": lambda **changes: default_of("BertModel", "BertConfig", **changes),
+    "GPT-2": lambda **changes: default_of("GPT2LMHeadModel", "GPT2Config", **changes),
+    "nn.Transformer": lambda **changes: nn.Transformer if not changes else lambda: nn.Transformer(16, 2, 1, 1, 16),
+}
+
+
+def warm_up(name: str) -> Build:
+    """Import all that the model needs, and run every stage once on little ones; returns the model's constructor."""
+    import groundplan as gp
+
+    gp.trace(nn.Linear, 2, 2).cast(torch.bfloat16).materialize(seed=0)
+    small = MODELS[name](num_hidden_layers=1)
+    gp.trace(small)
+    with torch.device("meta"):
+        small()
+    return MODELS[name]()
+
+
+# -- one measurement ----------------------------------------------------------------------------------------------------
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+@contextmanager
+def measured(result: Result) -> Iterator[None]:
+    """Note wall and CPU seconds of the body, and how far resident memory rose above where it stood: at most, and at the end."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from here
+    before, cpu, wall = _status("VmRSS"), time.process_time(), time.perf_counter()
+    yield
+    result.update(seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
+    result.update(peak_growth=_status("VmHWM") - before, growth=_status("VmRSS") - before)
+
+
+def members(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def tensor_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """The bytes of the tensors' storages, each counted once."""
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def digest(model: nn.Module) -> str:
+    """A digest of names, geometry and values, and of the generator's state afterwards."""
+    found = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    for name, tensor in members(model).items():
+        found.update(repr((name, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad)).encode())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def allocated_peak(body: Callable[[], Any]) -> tuple[int, Any]:
+    """The most bytes that torch's CPU allocator had handed out at once inside `body`, and what `body` returns."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        returned = body()
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak, returned
+
+
+# -- children and ratios ------------------------------------------------------------------------------------------------
+
+
+def run_child(*words: str) -> Result:
+    """This same script once more, measuring one side; its last line is the result."""
+    command = [sys.executable, sys.argv[0], "--child", *words]
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def alternating(model: str, sides: Sequence[str], repeats: int) -> list[dict[str, Result]]:
+    """`repeats` rounds with one child per side; every other round in the opposite order."""
+    rounds = []
+    for turn in range(repeats):
+        order = sides if turn % 2 == 0 else sides[::-1]
+        rounds.append({side: run_child(side, model) for side in order})
+        print(".", end="", file=sys.stderr, flush=True)
+    print(f" {model}", file=sys.stderr)
+    return rounds
+
+
+def ratio(rounds: Sequence[dict[str, Result]], one: str, other: str, key: str) -> float:
+    """The median over the rounds of one side's figure divided by the other's."""
+    return statistics.median(each[one][key] / each[other][key] for each in rounds)
+
+
+def middle(rounds: Sequence[dict[str, Result]], side: str, key: str) -> Any:
+    """The median of one side's figure."""
+    return statistics.median(each[side][key] for each in rounds)
+
+
+def median_of_ratios(one: Callable[[], Any], other: Callable[[], Any], repeats: int) -> float:
+    """How many times as long `one` takes as `other`, both run in this process by turns."""
+    found = []
+    for turn in range(repeats):
+        order = (one, other) if turn % 2 == 0 else (other, one)
+        taken = {body: _seconds(body) for body in order}
+        found.append(taken[one] / taken[other])
+    return statistics.median(found)
+
+
+def _seconds(body: Callable[[], Any]) -> float:
+    gc.collect()
+    start = time.perf_counter()
+    body()
+    return time.perf_counter() - start
+
+
+# -- the script ---------------------------------------------------------------------------------------------------------
+
+
+def script(measure: Callable[[str, str], Result], compare: Callable[[Sequence[str], int], list[Result]], models: Sequence[str]) -> None:
+    """`python benchmarks/NAME.py [--repeats N] [--models A B]` compares; with `--child SIDE MODEL` it measures one side."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=models, choices=models, metavar="MODEL")
+    parser.add_argument("--child", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(*options.child)))
+        return
+    rows = compare(options.models, options.repeats)
+    print_table(rows)
+    print(json.dumps({"benchmark": Path(sys.argv[0]).stem, "torch": torch.__version__, "repeats": options.repeats, "rows": rows}))
+
+
+def print_table(rows: Sequence[Result]) -> None:
+    """The rows as text, one column per key."""
+    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+
+
+def megabytes(nbytes: float) -> float:
+    """Bytes in units of 10^6, rounded."""
+    return round(nbytes / 10**6, 1)

@@ -1,0 +1,88 @@
+"""What a trace costs: `gp.trace` next to plain construction on the meta device, which skips every initialization.
+
+`fake` is construction under torch's FakeTensorMode; it is left out where it raises. Peak growth is that of resident memory, in
+10^6 bytes, over a process that has everything imported and has traced a one-layer model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from common import MODELS, Result, alternating, measured, megabytes, middle, ratio, script, warm_up
+
+SIDES = ("groundplan", "meta", "fake")
+
+
+def measure(side: str, model: str) -> Result:
+    """Construct one model without memory, once."""
+    build = warm_up(model)
+    return {"groundplan": traced, "meta": on_meta, "fake": faked}[side](build)
+
+
+def traced(build: object) -> Result:
+    import groundplan as gp
+
+    result: Result = {}
+    with measured(result):
+        plan = gp.trace(build)
+    ops, tensors = plan.graph.ops, plan.graph.tensors
+    return result | {
+        "ops": len(ops),
+        "dead": sum(not op.live for op in ops),
+        "tensors": len(tensors),
+        "parameters": sum(each.numel for each in tensors if each.kind == "parameter"),
+    }
+
+
+def on_meta(build: object) -> Result:
+    result: Result = {}
+    with measured(result), torch.device("meta"):
+        model = build()
+    return result | {"tensors": sum(1 for _ in model.parameters())}
+
+
+def faked(build: object) -> Result:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        torch.nn.Linear(2, 2)
+    result: Result = {}
+    try:
+        with measured(result), FakeTensorMode():
+            model = build()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    return result | {"tensors": sum(1 for _ in model.parameters())}
+
+
+def compare(models: Sequence[str], repeats: int) -> list[Result]:
+    """One row per model."""
+    rows = []
+    for model in models:
+        rounds = alternating(model, SIDES, repeats)
+        first = rounds[0]["groundplan"]
+        rows.append(
+            {
+                "model": model,
+                "parameters": first["parameters"],
+                "ops": first["ops"],
+                "dead": first["dead"],
+                "seconds": round(middle(rounds, "groundplan", "seconds"), 3),
+                "worst s": round(max(each["groundplan"]["seconds"] for each in rounds), 3),
+                "x meta": round(ratio(rounds, "groundplan", "meta", "seconds"), 2),
+                "x fake": error_or_ratio(rounds),
+                "growth MB": megabytes(middle(rounds, "groundplan", "peak_growth")),
+                "meta MB": megabytes(middle(rounds, "meta", "peak_growth")),
+            }
+        )
+    return rows
+
+
+def error_or_ratio(rounds: list[dict[str, Result]]) -> object:
+    error = rounds[0]["fake"].get("error")
+    return error.split(":")[0] if error else round(ratio(rounds, "groundplan", "fake", "seconds"), 2)
+
+
+if __name__ == "__main__":
+    script(measure, compare, [name for name in MODELS if name in ("Llama-3.1-405B", "DeepSeek-V3", "Llama-3.2-1B", "ViT-base")])
