@@ -66,8 +66,11 @@ def _make_subclass(cls: type[Any], data: torch.Tensor, requires_grad: bool = Fal
 
 
 def _new_parameter(cls: type, data: Any = None, requires_grad: bool = True, *rest: Any, **options: Any) -> Any:
-    if isinstance(data, Traced) and cls is not nn.Parameter:
-        return rewrap(data, cls, requires_grad)
+    if isinstance(data, Traced):
+        with torch._C._DisableTorchDispatch():  # raises what eager raises for a dtype without gradients
+            _original_make_subclass(torch.Tensor, torch.empty(0, dtype=data.dtype, device="cpu"), requires_grad)
+        if cls is not nn.Parameter:
+            return rewrap(data, cls, requires_grad)
     return _original_new_parameter(cls, data, requires_grad, *rest, **options)
 
 

@@ -90,8 +90,30 @@ def kind_of(func: Any) -> Kind:
 
 
 def _answers_with_numbers(func: Any) -> bool:
-    returns = func._schema.returns
-    return bool(returns) and not any("Tensor" in str(r.type) for r in returns)
+    """Whether it returns no tensor and changes none: a number, or nothing but the error that it may raise."""
+    return not mutated_arguments(func) and not any("Tensor" in str(r.type) for r in func._schema.returns)
+
+
+_CHECKING = {
+    *("index", "index_put", "index_put_", "_unsafe_index", "index_select", "gather", "take", "embedding", "scatter", "scatter_"),
+    *(
+        "index_add_",
+        "index_copy_",
+        "index_fill_",
+        "scatter_add_",
+        "multinomial",
+        "poisson",
+        "bernoulli",
+        "bernoulli_",
+        "binomial",
+    ),
+}
+
+
+@cache
+def checks_values(func: Any) -> bool:
+    """Whether the operator may refuse its operands because of their values, which a meta kernel does not see."""
+    return func._schema.name.removeprefix("aten::") in _CHECKING
 
 
 @cache

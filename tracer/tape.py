@@ -32,13 +32,14 @@ from .errors import TraceError
 from .graph import Op, Storage, View
 from .ledger import Ledger, bytes_of
 from .liveness import mark_liveness
-from .schema import Kind, aten, is_random, kind_of, overwrites, reads_geometry_only
+from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
 from .sites import here
 from .traced import META, Hooks, Traced, hooks, meta_over, wrap
 from .values import Values
 
 _DEVICE = torch.ops.prim.device.default
 _LEARNED_BYTES = 2**30
+_CHECKED_BYTES = 2**20
 
 
 class Tape(TorchDispatchMode):
@@ -286,19 +287,24 @@ class Tape(TorchDispatchMode):
         def twin(tensor: torch.Tensor) -> torch.Tensor:
             return twins[id(tensor)]
 
+        if checks_values(func) and self._nbytes(inputs) <= _CHECKED_BYTES:
+            return self._learned_geometry(func, args, kwargs, inputs)
         rest, options = without_generator(mapped(args, twin), on_meta(mapped_kwargs(kwargs, twin)))
         if not twins:
             options["device"] = META
         try:
             with torch.no_grad():
                 return func(*rest, **options)
-        except Exception as error:
-            return self._learned_geometry(func, args, kwargs, inputs, error)
+        except Exception:
+            if self._nbytes(inputs) > _LEARNED_BYTES:
+                raise
+        return self._learned_geometry(func, args, kwargs, inputs)
 
-    def _learned_geometry(self, func: Any, args: Any, kwargs: Any, inputs: Sequence[View], error: Exception) -> Any:
+    def _nbytes(self, inputs: Sequence[View]) -> int:
+        return sum(self.ledger.records[view.storage].nbytes for view in inputs)
+
+    def _learned_geometry(self, func: Any, args: Any, kwargs: Any, inputs: Sequence[View]) -> Any:
         """Run the operator on real values: either it raises eager's own error, or its result has the geometry."""
-        if sum(self.ledger.records[view.storage].nbytes for view in inputs) > _LEARNED_BYTES:
-            raise error
         with self.values.real(inputs) as real, torch.no_grad():
             copies = {view: real.open(view).clone() for view in inputs}
             twins = {id(copy): self.ledger.twin_of_view(view) for view, copy in copies.items()}

@@ -75,7 +75,10 @@ class Traced(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        self._mirror(value if isinstance(value, Traced) else torch.ops.aten.lift_fresh(value))
+        if isinstance(value, torch.Tensor):
+            self._mirror(value if isinstance(value, Traced) else torch.ops.aten.lift_fresh(value))
+        else:
+            _BASE_DATA.__set__(self, value)  # raises what eager raises
 
     def _mirror(self, other: Traced) -> None:
         """Show the same view of the same storage as `other`."""
@@ -87,6 +90,11 @@ class Traced(torch.Tensor):
         if hooks:
             return repr(self._values())
         return f"Traced(size={tuple(self.shape)}, dtype={self.dtype}, device='{self._traced_device}')"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_is_param", "_is_buffer"):  # what public_type asks for itself
+            raise AttributeError(name)
+        raise AttributeError(f"{public_type(self)!r} object has no attribute {name!r}")
 
     # What looks behind torch's dispatcher is answered with real values; the tape notes that it did.
 
