@@ -308,3 +308,24 @@ def test_the_settings_of_the_trace_hold_for_the_build(setting: str) -> None:
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert model.e.dtype == (torch.float64 if setting == "dtype" else torch.float32)
     assert model.e.is_inference() == (setting == "inference")
+
+
+def test_parts_follow_the_default_dtype_of_each_call() -> None:
+    class Switches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.randn(20) + torch.arange(20) / 3
+            torch.set_default_dtype(torch.float64)
+            self.b = torch.randn(20) + torch.arange(20) / 3
+            torch.set_default_dtype(torch.float32)
+            self.c = torch.randn(20)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        plan = gp.trace(Switches)
+        torch.manual_seed(0)
+        expected = Switches()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in plan.materialize_state(["a", "b", "c"], seed=0).items():
+        assert value.dtype == getattr(expected, name).dtype and torch.equal(value, getattr(expected, name))

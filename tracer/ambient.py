@@ -25,20 +25,40 @@ def ambient_now() -> Ambient:
 
 
 @contextmanager
+def default_dtype_kept() -> Iterator[None]:
+    """The default dtype comes back at the end, whatever is set meanwhile."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def ambient_kept() -> Iterator[None]:
+    """The settings come back at the end, whatever the constructor sets and leaves."""
+    before = ambient_now()
+    with default_dtype_kept():
+        try:
+            yield
+        finally:
+            torch._C._set_grad_enabled(before.grad_enabled)
+            if ambient_now().default_device != before.default_device:
+                torch.set_default_device(before.default_device)
+
+
+@contextmanager
 def ambient_applied(ambient: Ambient) -> Iterator[None]:
     """Run under recorded settings; the caller's own come back at the end."""
-    before = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.enter_context(ambient_kept())
         if ambient.inference_mode != torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(ambient.inference_mode))
         stack.enter_context(torch.set_grad_enabled(ambient.grad_enabled))
         if ambient.default_device != ambient_now().default_device:
             stack.enter_context(torch.device(ambient.default_device))
-        try:
-            torch.set_default_dtype(ambient.default_dtype)
-            yield
-        finally:
-            torch.set_default_dtype(before)
+        torch.set_default_dtype(ambient.default_dtype)
+        yield
 
 
 class HostRandom(NamedTuple):

@@ -128,7 +128,8 @@ class Op:
     depends on, `writes` those it changes in place, `outputs` those it creates (`None` for an output that is no tensor).
 
     `live` is False when no tensor that outlives the constructor depends on it. `unread` is the stronger statement that the
-    runtime acts on: what this op writes is overwritten or dropped before anything at all reads it.
+    runtime acts on: what this op writes is overwritten or dropped before anything at all reads it. `default_dtype` is torch's at
+    the time of the call, on which the result of a call without a dtype depends.
     """
 
     index: int
@@ -144,6 +145,7 @@ class Op:
     live: bool = True
     unread: bool = False
     func: Any = field(default=None, repr=False)
+    default_dtype: torch.dtype = torch.float32
 
     @property
     def random(self) -> bool:

@@ -37,6 +37,7 @@ class Entry:
     site: RawSite
     position: StreamPosition | None
     sensed: bool
+    default_dtype: torch.dtype
 
     @property
     def targets(self) -> tuple[View, ...]:
@@ -46,7 +47,7 @@ class Entry:
         """The op as the graph keeps it."""
         name = str(self.func) if isinstance(self.func, torch._ops.OpOverload) else self.func.__name__.removeprefix("_no_grad_")
         made = (self.args, self.kwargs, self.reads, self.writes, self.outputs, self.overwrites)
-        return Op(self.index, name, *made, spell(self.site), self.position, live, unread, self.func)
+        return Op(self.index, name, *made, spell(self.site), self.position, live, unread, self.func, self.default_dtype)
 
 
 @dataclass(slots=True, eq=False)
@@ -174,8 +175,8 @@ class Ledger:
         index = len(self.entries)
         stream = generator.device if generator is not None else device
         position = self.streams.position(generator, stream) if _draws(func) else None
-        site = capture()
-        entry = Entry(index, func, args, kwargs, reads, writes, outputs, overwrites, site, position, sensed)
+        made = (index, func, args, kwargs, reads, writes, outputs, overwrites)
+        entry = Entry(*made, capture(), position, sensed, torch.get_default_dtype())
         self.entries.append(entry)
         for view in entry.targets:
             self.records[view.storage].writers.append(index)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .ambient import default_dtype_kept
 from .draws import skip, words
 from .errors import TraceError
 from .graph import StreamPosition, View
@@ -42,7 +43,7 @@ class Replay:
         wanted = list(wanted)
         needed, chain = self._to_run(wanted)
         self.ambient = any(self._ops[index].position.origin == "ambient" for index in chain)
-        with generators_kept(), torch.no_grad():
+        with generators_kept(), torch.no_grad(), default_dtype_kept():
             self._run_all(needed, chain, set(wanted))
         for index in wanted:
             self._storage(index)
@@ -142,6 +143,7 @@ class Replay:
             generator.set_state(end)
 
     def _call(self, op: Any) -> None:
+        torch.set_default_dtype(op.default_dtype)
         args = [_opened(value, self.open) for value in op.args]
         kwargs = {name: _opened(value, self.open) for name, value in op.kwargs}
         out = op.func(*args, **kwargs)
