@@ -13,7 +13,8 @@ CONFIG = ViTConfig(**json.loads((Path(__file__).parent / "configs" / "vit-base-p
 
 
 def normalized(dtype: torch.dtype = torch.float32) -> nn.Module:
-    return nn.utils.parametrizations.weight_norm(nn.Linear(500, 300, dtype=dtype))
+    module: nn.Module = nn.utils.parametrizations.weight_norm(nn.Linear(500, 300, dtype=dtype))
+    return module
 
 
 def main() -> None:
