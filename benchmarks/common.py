@@ -176,7 +176,9 @@ def _seconds(body: Callable[[], Any]) -> float:
 # -- the script ---------------------------------------------------------------------------------------------------------
 
 
-def script(measure: Callable[[str, str], Result], compare: Callable[[Sequence[str], int], list[Result]], models: Sequence[str]) -> None:
+def script(
+    measure: Callable[[str, str], Result], compare: Callable[[Sequence[str], int], list[Result]], models: Sequence[str]
+) -> None:
     """`python benchmarks/NAME.py [--repeats N] [--models A B]` compares; with `--child SIDE MODEL` it measures one side."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
@@ -200,7 +202,13 @@ def print_table(rows: Sequence[Result]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def megabytes(nbytes: float) -> float:

@@ -52,7 +52,9 @@ def compare(models: Sequence[str], repeats: int) -> list[Result]:
 
 def row(model: str, rounds: list[dict[str, Result]]) -> Result:
     first = rounds[0]["groundplan"]
-    traced = [each["groundplan"] | {"share": each["groundplan"]["trace_cpu_seconds"] / each["eager"]["cpu_seconds"]} for each in rounds]
+    traced = [
+        each["groundplan"] | {"share": each["groundplan"]["trace_cpu_seconds"] / each["eager"]["cpu_seconds"]} for each in rounds
+    ]
     return {
         "model": model,
         "final MB": megabytes(first["final"]),
