@@ -111,7 +111,7 @@ class Guided(TorchDispatchMode):
         storage = op.writes[0].storage
         if not self._waits or storage in self._exposed or any(name != "generator" for name, _ in op.kwargs):
             return False
-        return self.waiting.holds(target) or self._first_writes[storage] == op.index
+        return self.waiting.holds(target) or self._first_writes.get(storage) == op.index
 
     def _leave_out(self, func: Any, target: torch.Tensor, generator: torch.Generator | None) -> bool:
         """Leave out a fill that nothing reads, if its draws can be counted."""

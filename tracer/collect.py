@@ -118,6 +118,14 @@ def _node(found: _Found, ledger: Ledger) -> TensorNode:
         ledger.view(tensor),
         tensor.requires_grad,
         found.persistent,
-        type(tensor.grad_fn).__name__ if tensor.grad_fn is not None else None,
+        _grad_fn(tensor),
         public_type(tensor),
     )
+
+
+def _grad_fn(tensor: torch.Tensor) -> str | None:
+    """The class of its `grad_fn`; for a view that autograd forbids to follow (its base was changed in place) there is none."""
+    try:
+        return type(tensor.grad_fn).__name__ if tensor.grad_fn is not None else None
+    except RuntimeError:
+        return None

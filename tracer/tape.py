@@ -34,6 +34,7 @@ from .ledger import Ledger, bytes_of
 from .liveness import mark_liveness
 from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
 from .sites import here
+from .streams import generators_kept
 from .traced import META, Hooks, Traced, hooks, meta_over, wrap
 from .values import Values
 
@@ -305,7 +306,7 @@ class Tape(TorchDispatchMode):
 
     def _learned_geometry(self, func: Any, args: Any, kwargs: Any, inputs: Sequence[View]) -> Any:
         """Run the operator on real values: either it raises eager's own error, or its result has the geometry."""
-        with self.values.real(inputs) as real, torch.no_grad():
+        with self.values.real(inputs) as real, torch.no_grad(), generators_kept():
             copies = {view: real.open(view).clone() for view in inputs}
             twins = {id(copy): self.ledger.twin_of_view(view) for view, copy in copies.items()}
 

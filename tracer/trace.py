@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .ambient import HostRandom, ambient_kept, ambient_now, host_random_now, restore_host_random
-from .collect import collect, roots_of
-from .graph import ParamGraph
+from .collect import collect
+from .graph import ModuleNode, ParamGraph, TensorNode
 from .patches import torch_patched
 from .streams import generators_kept
 from .tape import Tape
@@ -37,11 +37,10 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
     with generators_kept() as states, ambient_kept():
         tape = Tape(states)
         try:
-            built = _recorded(tape, build, args, kwargs)
+            built, modules, tensors = _recorded(tape, build, args, kwargs)
             moved = not host_random_now().same(host)
-            with torch.no_grad():
-                modules, tensors = collect(built, tape.ledger)
-                ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
+            ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
+            del built
         finally:
             restore_host_random(host)
             tape.values.give_back()
@@ -59,14 +58,18 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
     return graph, Origin(states, host)
 
 
-def _recorded(tape: Tape, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the constructor returns, made of traced tensors."""
+def _recorded(
+    tape: Tape, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[ModuleNode, ...], tuple[TensorNode, ...]]:
+    """What the constructor returns, made of traced tensors, and what that holds.
+
+    It is looked through while the tape still records: asking a view for its `grad_fn` may make autograd take the view again.
+    """
     streams = tape.ledger.streams
     streams.start_default()
     with streams.private_generators_kept(), torch_patched(tape), tape.recording():
         built = run_constructor(build, args, kwargs)
-    roots_of(built)
-    return built
+        return built, *collect(built, tape.ledger)
 
 
 def run_constructor(build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
