@@ -129,7 +129,9 @@ def child(how: str, model: str, what: str) -> Result:
 
 def rows(models: Sequence[str]) -> list[Result]:
     built = [construct_row(model, cast) for model in models for cast in ("", "cast")]
-    return built + [row for model in ("GPT-2, 4 layers", "nn.Transformer, 2 layers") for name in OPTIMIZERS for row in train_rows(model, name)]
+    return built + [
+        row for model in ("GPT-2, 4 layers", "nn.Transformer, 2 layers") for name in OPTIMIZERS for row in train_rows(model, name)
+    ]
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..tracer.draws import is_counted_fill
 from ..tracer.errors import GroundplanError
-from ..tracer.graph import ParamGraph, TensorNode
+from ..tracer.graph import ParamGraph, Storage, TensorNode
 from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
 from .workload import Training
 
@@ -312,17 +313,28 @@ class _Walk:
 def _blocks(graph: ParamGraph) -> dict[int, _Block]:
     """A block for every storage that takes up memory, by the storage's index; a meta storage takes up none."""
     labels = {tensor.view.storage: tensor.name for tensor in reversed(graph.tensors)}
+    looked_at = _looked_at(graph)
     return {
         storage.index: _Block(
             device=_memory_device(storage.device),
             label=labels.get(storage.index, f"storage {storage.index}, which has no name"),
             nbytes=storage.nbytes,
             kept=storage.held,
-            may_wait=storage.nbytes >= WAITING_BYTES and storage.constant is None and not storage.exposed,
+            may_wait=_may_wait(storage) and storage.index not in looked_at,
         )
         for storage in graph.held_storages
         if storage.device != "meta"
     }
+
+
+def _may_wait(storage: Storage) -> bool:
+    return storage.nbytes >= WAITING_BYTES and storage.constant is None and not storage.exposed and storage.device == HOST
+
+
+def _looked_at(graph: ParamGraph) -> set[int]:
+    """The storages that the constructor does more with than fill them: these are filled at once."""
+    ops = (op for op in graph.ops if not op.unread and not is_counted_fill(op))
+    return {view.storage for op in ops for view in (*op.reads, *op.targets)}
 
 
 def _places(graph: ParamGraph, blocks: Mapping[int, _Block]) -> list[_Place]:

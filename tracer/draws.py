@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .schema import aten
+from .graph import Op
+from .schema import FILLS, aten
 
 _SCRATCH = 1 << 16
 _BLOCK = 16  # normal_ works in blocks of 16 elements where it is vectorized
@@ -36,6 +37,14 @@ def _normal_words(dtype: torch.dtype, numel: int) -> int | None:
         return _BLOCK * -(-numel // _BLOCK)
     whole = numel + (_BLOCK if numel % _BLOCK else 0)
     return {torch.float32: whole, torch.float64: 2 * whole}.get(dtype)
+
+
+def is_counted_fill(op: Op) -> bool:
+    """Whether it is a fill that can be put off: it reads nothing, and what it draws is known beforehand."""
+    if op.func not in FILLS or any(name != "generator" for name, _ in op.kwargs):
+        return False
+    view = op.writes[0]
+    return not op.random or words(op.func, view.dtype, view.numel, view.is_contiguous) is not None
 
 
 def skip(count: int, generator: torch.Generator) -> None:

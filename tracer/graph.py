@@ -46,6 +46,16 @@ class View(NamedTuple):
         return math.prod(self.size)
 
     @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie side by side in index order."""
+        expected = 1
+        for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements in view (an expanded element counts as often as it is seen)."""
         return self.numel * self.dtype.itemsize

@@ -172,7 +172,7 @@ class Replay:
         generator = default_generator(op.position.device)
         count = None
         if generator.device.type == "cpu":
-            count = words(op.func, view.dtype, view.numel, _is_contiguous(view))
+            count = words(op.func, view.dtype, view.numel, view.is_contiguous)
         if count is not None:
             skip(count, generator)
             return
@@ -243,12 +243,3 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
             yield from _flat(value)
         else:
             yield value
-
-
-def _is_contiguous(view: View) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(view.size), reversed(view.stride), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
