@@ -13,8 +13,8 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,16 +22,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch.nn.parameter import is_lazy
 
 import groundplan as gp
 
 from .planner.memory import human_bytes
+from .planner.workload import COPIES
+from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
 from .spec import Spec, offline, parse_spec
-from .tracer.errors import DecisionError, GroundplanError, MaterializeError, SpecError, nearest
+from .tracer.errors import DecisionError, GroundplanError, SpecError, nearest
 
 app = typer.Typer(
     name="groundplan",
@@ -46,6 +44,9 @@ KwargsOption = Annotated[
     str, typer.Option("--kwargs", metavar="JSON", help="Keyword arguments of the callable; for a config.json, fields to replace.")
 ]
 DtypeOption = Annotated[str | None, typer.Option(metavar="DTYPE", help="Cast floating-point tensors, as `.to(dtype)` would.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="Move tensors there, as `.to(device)` would: cpu, cuda, cuda:1, ...")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -81,21 +82,22 @@ def report(
     spec: SpecArgument,
     kwargs: KwargsOption = "{}",
     dtype: DtypeOption = None,
-    train: Annotated[str | None, typer.Option(metavar="OPTIMIZER", help="Add a training step's memory: adamw, sgd, ...")] = None,
+    device: DeviceOption = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(COPIES)}."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
     workload = gp.Training(optimizer=train) if train else None
     with _session(spec, kwargs) as parsed:
-        plan = _plan(parsed, dtype)
-        found = plan.report()
-        memory = plan.memory(workload) if workload else None
+        plan = _plan(parsed, dtype, device)
+        found = replace(plan.report(), memory=plan.memory(workload))
     if as_json:
-        _print_json({"spec": parsed.name, **found.to_json(), **({"memory": memory.to_json()} if memory else {})})
-        return
-    typer.echo(str(found))
-    if memory:
-        typer.echo(f"\n{memory}")
+        _print_json({"spec": parsed.name, **found.to_json(), "memory": found.memory.to_json()})
+    else:
+        typer.echo(str(found))
 
 
 @app.command()
@@ -104,10 +106,11 @@ def explain(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A tensor; without it, every decision.")] = None,
     kwargs: KwargsOption = "{}",
     dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Show one tensor's recipe with its source lines, or every decision with its reason."""
     with _session(spec, kwargs) as parsed:
-        text = str(_plan(parsed, dtype).explain(name))
+        text = str(_plan(parsed, dtype, device).explain(name))
     typer.echo(text)
 
 
@@ -117,26 +120,25 @@ def explain(
 @app.command()
 def materialize(
     spec: SpecArgument,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where model.safetensors is written.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help=f"Where {WEIGHTS} is written.")],
     seed: Annotated[int, typer.Option(help="As torch.manual_seed(SEED) before the constructor.")] = 0,
     kwargs: KwargsOption = "{}",
     dtype: DtypeOption = None,
-    device: Annotated[str, typer.Option(help="Where the model is built.")] = "cpu",
+    device: DeviceOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already in DIR.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build the model and write its state_dict to DIR/model.safetensors; for a config.json, write that too."""
     started = time.monotonic()
-    with _session(spec, kwargs) as parsed:
-        written = _Output(out, ("model.safetensors", *(("config.json",) if parsed.config else ())), force)
-        with written:
-            plan = _plan(parsed, dtype).to(device)
-            with _constructing(parsed.name), _progress() as progress:
-                model = plan.materialize(seed=seed, progress=progress)
-            saved = save_state(_named_state(model), written.temporary("model.safetensors"))
-            if parsed.config:
-                _write_config(parsed.config, model, written.temporary("config.json"))
-            written.commit()
+    with _session(spec, kwargs) as parsed, Output(out, (WEIGHTS, *((CONFIG,) if parsed.config else ())), force) as written:
+        plan = _plan(parsed, dtype, device)
+        with _constructing(parsed.name):
+            model = plan.materialize(seed=seed)
+        saved = save_state(named_state(model), written.temporary(WEIGHTS))
+        if parsed.config:
+            write_config(parsed.config, model, written.temporary(CONFIG))
+        written.commit()
+    seconds = time.monotonic() - started
     result = {
         "spec": parsed.name,
         "files": [str(path) for path in written.paths],
@@ -144,13 +146,13 @@ def materialize(
         "tensors": saved.tensors,
         "bytes": saved.nbytes,
         "ties": dict(saved.ties),
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(seconds, 3),
     }
     if as_json:
         _print_json(result)
     else:
-        typer.echo(f"{written.paths[0]}: {saved.tensors:,} tensors, {human_bytes(saved.nbytes)}, seed {seed}")
-
+        what = f"{saved.tensors:,} tensors, {human_bytes(saved.nbytes)}, seed {seed}, {seconds:.1f} s"
+        typer.echo(f"{', '.join(map(str, written.paths))}: {what}")
 
 
 # -- what the commands share --------------------------------------------------------------------------------------------
@@ -176,10 +178,11 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _plan(spec: Spec, dtype: str | None) -> gp.Plan:
+def _plan(spec: Spec, dtype: str | None, device: str | None) -> gp.Plan:
     with _constructing(spec.name):
         plan = gp.trace(spec.build, *spec.args, **spec.kwargs)
-    return plan.cast(_dtype(dtype)) if dtype else plan
+    plan = plan.cast(_dtype(dtype)) if dtype else plan
+    return plan.to(device) if device else plan
 
 
 def _dtype(name: str) -> torch.dtype:

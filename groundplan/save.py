@@ -44,7 +44,10 @@ def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Saved:
     kept = {name: value.detach() for name, value in state.items() if name not in ties}
     _separate_overlaps(kept)
     try:
+        path.touch()
+        mode = path.stat().st_mode
         save_file({name: _plain(value) for name, value in kept.items()}, path, {"format": "pt", **ties})
+        path.chmod(mode)  # safetensors leaves a file that only its owner may read
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise MaterializeError(f"writing {path.parent / WEIGHTS} failed: {error}") from error
     return Saved(len(kept), sum(value.nbytes for value in kept.values()), ties)
@@ -148,7 +151,7 @@ class Output:
         self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self.temporary(WEIGHTS).touch()
+            self.temporary(self.paths[0].name).touch()
         except OSError as error:
             self._clean()
             raise MaterializeError(f"--out {self._folder} cannot be written to: {error.strerror}") from error

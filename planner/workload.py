@@ -38,7 +38,7 @@ class Training:
     def __post_init__(self) -> None:
         if not isinstance(self.optimizer, str) or self.optimizer not in COPIES:
             hint = nearest(str(self.optimizer), COPIES)
-            raise DecisionError(f"no optimizer is called {self.optimizer!r}{hint}; there are {', '.join(COPIES)}")
+            raise DecisionError(f"no optimizer is called {self.optimizer!r} (known: {', '.join(COPIES)}){hint}")
         _check_count("batch_size", self.batch_size)
         if self.seq_len is not None:
             _check_count("seq_len", self.seq_len)

@@ -8,12 +8,26 @@ from typing import Literal
 
 import torch
 
+from ..planner.decisions import Decisions, Move
 from ..tracer.errors import MaterializeError, UninitializedError
 from ..tracer.graph import ParamGraph, TensorNode
 from .guided import Guided
 
 Uninitialized = Literal["error", "zero", "empty"]
 _SHOWN = 8
+
+
+def check_devices(graph: ParamGraph, decisions: Decisions) -> None:
+    """Raise `MaterializeError` where the constructor or a step wants a device that this machine does not have."""
+    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
+    for device in dict.fromkeys([*moves, *(storage.device for storage in graph.storages), graph.ambient.default_device]):
+        kind = torch.device(device)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if kind.type == "cuda" and (kind.index or 0) >= count:
+            has = f"has {count} CUDA device{'s' * (count != 1)}" if count else "has no CUDA device"
+            raise MaterializeError(
+                f"the plan puts tensors on {device}, and this machine {has}; say plan.to('cpu'), or build there"
+            )
 
 
 def check_uninitialized(graph: ParamGraph, uninitialized: str, wanted: set[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from ..tracer.graph import ParamGraph
 from ..tracer.liveness import is_anchor
 from ..tracer.streams import generator_states, restore_generators
 from ..tracer.trace import Origin, trace_constructor
-from .check import check_done, check_uninitialized, state_digest
+from .check import check_devices, check_done, check_uninitialized, state_digest
 from .guided import Diverged, Guided
 from .steps import apply_steps
 
@@ -76,6 +76,7 @@ def materialize(
     constructor raises.
     """
     check_decisions(decisions, build.graph)
+    check_devices(build.graph, decisions)
     with _restored_on_failure():
         if seed is not None:
             torch.manual_seed(seed)

@@ -15,7 +15,7 @@ from ..tracer.graph import ParamGraph
 from ..tracer.replay import Replay
 from ..tracer.streams import generator_states, generators_kept
 from ..tracer.trace import trace_constructor
-from .check import check_uninitialized
+from .check import check_devices, check_uninitialized
 from .materialize import Build
 from .steps import apply_steps
 
@@ -30,6 +30,7 @@ def materialize_state(
     Raises `UnknownNameError` for a name that the graph does not have, and `UninitializedError`.
     """
     check_decisions(decisions, build.graph)
+    check_devices(build.graph, decisions)
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         build.graph.tensor(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from groundplan import cli
-from groundplan.tracer.errors import MaterializeError
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 
 MODULE = """
 import torch
@@ -125,31 +127,52 @@ def test_version(groundplan: Runner) -> None:
 def test_report_names_the_parameters(groundplan: Runner) -> None:
     result = groundplan("report", "cli_zoo:Net")
     assert result.code == 0
+    assert all(part in result.out for part in ("first.weight", "second.weight = first.weight", "kaiming_uniform_", "table"))
+    assert max(map(len, result.out.splitlines())) <= 100
     assert "hello" not in result.out
-    assert "hello" in result.err
+    assert result.err == "the constructor says hello\n"
 
 
 def test_report_as_json_is_one_object(groundplan: Runner) -> None:
     result = groundplan("report", "cli_zoo:Net", "--kwargs", '{"width": 8}', "--json")
     assert result.code == 0
     assert result.json["spec"] == "cli_zoo:Net"
-    assert "memory" not in result.json
+    assert result.json["parameters"] == {"tensors": 3, "elements": 80, "trainable": 80}
+    assert result.json["ties"] == {"first.weight": ["second.weight"]}
+    assert list(result.json["memory"]["phases"]) == ["construct", "load", "checkpoint"]
 
 
 def test_report_with_training_memory(groundplan: Runner) -> None:
-    result = groundplan("report", "cli_zoo:Net", "--train", "adamw", "--json")
-    assert result.json["memory"]
+    found = groundplan("report", "cli_zoo:Net", "--train", "adamw", "--json").json
+    assert found["phases"] == found["memory"]["phases"]
+    assert found["memory"]["binding"]["phase"] == "optimizer"
+    shown = groundplan("report", "cli_zoo:Net", "--train", "adamw").out
+    assert shown.count("checkpoint ") == 1
+    assert "first_step" in shown
 
 
-def test_report_of_a_config_with_a_cast(groundplan: Runner) -> None:
+def test_report_with_a_cast_and_a_move(groundplan: Runner) -> None:
+    found = groundplan("report", "cli_zoo:Net", "--dtype", "bfloat16", "--device", "cuda", "--json").json
+    assert found["bytes"]["final"] == {"bfloat16": 2 * (16 + 4 + 4 + 6 + 2)}
+    assert {tensor["device"] for tensor in found["tensors"]} == {"cuda:0"}
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-405b", "deepseek-v3", "vit-base-patch16-224"])
+def test_report_of_a_published_model(groundplan: Runner, name: str) -> None:
     pytest.importorskip("transformers")
-    (groundplan.folder / "config.json").write_text(json.dumps(TINY))
-    assert groundplan("report", ".", "--dtype", "bfloat16", "--json").code == 0
+    result = groundplan("report", str(CONFIGS / f"{name}.json"), "--dtype", "bfloat16", "--train", "adamw")
+    assert result.code == 0, result.err
+    assert re.search(r"parameters +\d+\.\d+[MB] \([\d,]+\) in \d[\d,]* tensors, all trainable", result.out)
+    assert "peak" in result.out
+    assert max(map(len, result.out.splitlines())) <= 100
 
 
 def test_explain_one_tensor_and_everything(groundplan: Runner) -> None:
-    assert "first.weight" in groundplan("explain", "cli_zoo:Net", "first.weight").out
-    assert groundplan("explain", "cli_zoo:Net").code == 0
+    one = groundplan("explain", "cli_zoo:Net", "first.weight").out
+    assert "kaiming_uniform_" in one
+    assert "cli_zoo.py:9 in __init__" in one
+    everything = groundplan("explain", "cli_zoo:Net", "--dtype", "bfloat16", "--device", "cuda").out
+    assert everything.index("1. cast to bfloat16") < everything.index("2. move to cuda")
 
 
 def test_explain_an_unknown_tensor(groundplan: Runner) -> None:
@@ -169,6 +192,7 @@ def test_explain_an_unknown_tensor(groundplan: Runner) -> None:
         (["--dtype", "int8"], ["'int8'", "floating-point"]),
         (["--dtype", "nn"], ["'nn'", "floating-point"]),
         (["--train", "adamv"], ["adamv", "adamw"]),
+        (["--device", "gpu"], ["'gpu'", "cuda"]),
     ],
 )
 def test_wrong_options(groundplan: Runner, arguments: list[str], parts: list[str]) -> None:
@@ -269,7 +293,7 @@ def test_a_failed_write_keeps_the_old_file(groundplan: Runner, monkeypatch: pyte
 
     Path("made").mkdir()
     Path("made/model.safetensors").write_text("precious")
-    monkeypatch.setattr(cli, "save_file", full)
+    monkeypatch.setattr("groundplan.save.save_file", full)
     result = groundplan("materialize", "cli_zoo:Net", "--out", "made", "--force")
     assert result.code == 1
     assert "No space left on device" in result.err
@@ -301,75 +325,3 @@ def test_python_dash_m(groundplan: Runner) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["spec"] == "cli_zoo:Net"
-
-
-# -- what a file holds --------------------------------------------------------------------------------------------------
-
-
-def save(tmp_path: Path, state: dict[str, Any]) -> tuple[cli.Saved, dict[str, torch.Tensor]]:
-    saved = cli.save_state(state, tmp_path / "model.safetensors")
-    return saved, load_file(tmp_path / "model.safetensors")
-
-
-def test_a_part_of_a_whole_is_stored_once(tmp_path: Path) -> None:
-    whole = torch.arange(6.0)
-    saved, loaded = save(tmp_path, {"part": whole[:3], "whole": whole})
-    assert saved.ties == {"part": "whole"}
-    assert torch.equal(loaded["whole"], whole)
-
-
-def test_overlapping_parts_without_a_whole_are_stored_apart(tmp_path: Path) -> None:
-    whole = torch.arange(6.0)
-    saved, loaded = save(tmp_path, {"left": whole[:4], "right": whole[2:], "again": whole[2:]})
-    assert saved.ties == {"again": "right"}
-    assert saved.nbytes == 32
-    assert torch.equal(loaded["right"], whole[2:])
-
-
-def test_an_expanded_tensor_is_no_whole(tmp_path: Path) -> None:
-    base = torch.arange(4.0)
-    saved, loaded = save(tmp_path, {"wide": base[:2].expand(2, 2), "base": base})
-    assert saved.ties == {"wide": "base"}
-    assert torch.equal(loaded["base"], base)
-
-
-def test_strides_and_lazy_bits_are_resolved(tmp_path: Path) -> None:
-    square, value = torch.arange(4.0).view(2, 2), torch.tensor([1 + 2j])
-    _, loaded = save(tmp_path, {"turned": square.t(), "conjugate": value.conj()})
-    assert torch.equal(loaded["turned"], square.t())
-    assert torch.equal(loaded["conjugate"], torch.tensor([1 - 2j]))
-
-
-@pytest.mark.parametrize(
-    ("value", "part"),
-    [
-        (torch.empty(2, device="meta"), "meta device"),
-        (nn.LazyLinear(2).weight, "lazy"),
-        (torch.ones(2, 2).to_sparse(), "sparse"),
-        ({"step": 1}, "dict"),
-    ],
-)
-def test_what_a_file_cannot_hold(tmp_path: Path, value: object, part: str) -> None:
-    with pytest.raises(MaterializeError, match=r"odd .*torch\.save") as caught:
-        save(tmp_path, {"fine": torch.ones(1), "odd": value})
-    assert part in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_members_of_a_tuple_or_a_dict_come_under_their_key() -> None:
-    linear = nn.Linear(1, 1)
-    assert set(cli._named_state((linear, {"b": linear}))) == {"0.weight", "0.bias", "1.b.weight", "1.b.bias"}
-
-
-def test_progress_reaches_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with cli._progress() as progress:
-        assert callable(progress)
-        progress(1_500_000, 3_000_000)
-    assert "1.5/3.0" in capsys.readouterr().err
-
-
-def test_progress_is_silent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    with cli._progress() as progress:
-        assert progress is False

@@ -103,3 +103,18 @@ def test_bad_arguments_name_the_way_out() -> None:
         plan.cast(torch.int8)
     with pytest.raises(gp.DecisionError):
         plan.to("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_built() -> None:
+    calls: list[None] = []
+
+    def build() -> nn.Module:
+        calls.append(None)
+        return nn.Linear(2, 2)
+
+    plan = gp.trace(build).to("cuda")
+    for use in (plan.materialize, lambda: plan.materialize_state(["bias"])):
+        with pytest.raises(gp.MaterializeError, match="puts tensors on cuda, and this machine has no CUDA device"):
+            use()
+    assert len(calls) == 1
