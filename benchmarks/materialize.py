@@ -7,11 +7,26 @@ bytes. Both sides must give the same values and generator state.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 
 import torch
-from common import MODELS, Result, alternating, digest, measured, megabytes, members, middle, ratio, script, tensor_bytes, warm_up
+from common import (
+    MODELS,
+    Build,
+    Result,
+    alternating,
+    digest,
+    measured,
+    megabytes,
+    members,
+    middle,
+    ratio,
+    script,
+    tensor_bytes,
+    warm_up,
+)
 
 SIDES = ("groundplan", "eager")
 
@@ -23,7 +38,7 @@ def measure(side: str, model: str) -> Result:
     return result | {"final": tensor_bytes(list(members(built).values())), "digest": digest(built)}
 
 
-def planned(build: object) -> tuple[torch.nn.Module, Result]:
+def planned(build: Build) -> tuple[torch.nn.Module, Result]:
     import groundplan as gp
 
     result: Result = {}
@@ -37,7 +52,7 @@ def planned(build: object) -> tuple[torch.nn.Module, Result]:
     return built, result | {"trace_cpu_seconds": traced, "skipped": skipped}
 
 
-def eager(build: object) -> tuple[torch.nn.Module, Result]:
+def eager(build: Build) -> tuple[torch.nn.Module, Result]:
     result: Result = {}
     with measured(result):
         torch.manual_seed(0)
@@ -52,16 +67,14 @@ def compare(models: Sequence[str], repeats: int) -> list[Result]:
 
 def row(model: str, rounds: list[dict[str, Result]]) -> Result:
     first = rounds[0]["groundplan"]
-    traced = [
-        each["groundplan"] | {"share": each["groundplan"]["trace_cpu_seconds"] / each["eager"]["cpu_seconds"]} for each in rounds
-    ]
+    traces = statistics.median(each["groundplan"]["trace_cpu_seconds"] / each["eager"]["cpu_seconds"] for each in rounds)
     return {
         "model": model,
         "final MB": megabytes(first["final"]),
         "skipped": round(first["skipped"], 3),
         "time x eager": round(ratio(rounds, "groundplan", "eager", "seconds"), 3),
         "CPU x eager": round(ratio(rounds, "groundplan", "eager", "cpu_seconds"), 3),
-        "of it trace": round(sorted(each["share"] for each in traced)[len(traced) // 2], 3),
+        "trace x eager": round(traces, 3),
         "peak/final": round(middle(rounds, "groundplan", "peak_growth") / first["final"], 3),
         "eager peak/final": round(middle(rounds, "eager", "peak_growth") / first["final"], 3),
         "same values": len({each[side]["digest"] for each in rounds for side in SIDES}) == 1,

@@ -1,8 +1,9 @@
 """Predicted and measured bytes: `plan.memory()` next to what torch's allocator hands out, and to resident memory.
 
-Rows of one kind, `construct`, build a model with and without a cast. The others train one on the CPU with an optimizer of
-torch.optim: `step` compares parameters, buffers, gradients and optimizer state after the second step, `optimizer` the most that is
-allocated inside `optimizer.step()`. Activations are no part of either. Sizes are in 10^6 bytes.
+Rows of one kind, `construct`, build a model with and without a cast. `allocated` counts memory that the allocator has handed
+out and nobody has written yet; `resident` does not. The other rows train a model on the CPU with an optimizer of torch.optim:
+`step` compares parameters, buffers, gradients and optimizer state after the first step, `optimizer` the most inside the second
+`optimizer.step()`. Activations are no part of either. Sizes are in 10^6 bytes.
 """
 
 from __future__ import annotations

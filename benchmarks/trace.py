@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from common import MODELS, Result, alternating, measured, megabytes, middle, ratio, script, warm_up
+from common import MODELS, Build, Result, alternating, measured, megabytes, middle, ratio, script, warm_up
 
 SIDES = ("groundplan", "meta", "fake")
 
@@ -20,7 +20,7 @@ def measure(side: str, model: str) -> Result:
     return {"groundplan": traced, "meta": on_meta, "fake": faked}[side](build)
 
 
-def traced(build: object) -> Result:
+def traced(build: Build) -> Result:
     import groundplan as gp
 
     result: Result = {}
@@ -35,14 +35,14 @@ def traced(build: object) -> Result:
     }
 
 
-def on_meta(build: object) -> Result:
+def on_meta(build: Build) -> Result:
     result: Result = {}
     with measured(result), torch.device("meta"):
         model = build()
     return result | {"tensors": sum(1 for _ in model.parameters())}
 
 
-def faked(build: object) -> Result:
+def faked(build: Build) -> Result:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

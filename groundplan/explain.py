@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from .planner.decisions import Cast, Decisions, Move, Rule, castable, dtype_name
 from .planner.memory import memory
 from .report import WAY_OUT, peak_line, step_line
 from .shown import Shown, heading, shortened
-from .tracer.describe import describe_frame, describe_op, describe_part, describe_value
+from .tracer.describe import describe_frame, describe_op, describe_part, describe_value, operator_name
 from .tracer.digraph import covers
 from .tracer.graph import Op, ParamGraph, Storage, StreamPosition, TensorNode
 from .units import format_bytes
@@ -90,7 +91,9 @@ def _explain_tensor(graph: ParamGraph, decisions: Decisions, tensor: TensorNode)
     recipe = graph.recipe(tensor.name)
     dead = [op for op in graph.writers.get(storage.index, ()) if not op.live]
     ops = sorted({*recipe, *dead}, key=lambda op: op.index)
-    return Explanation(tensor.name, tuple(facts), "recipe", tuple(_op(op, tensor, graph) for op in ops))
+    calls = Counter(op.site for op in ops if op.site.init is not None)
+    passages = tuple(_op(op, tensor, graph, calls[op.site] > 1) for op in ops)
+    return Explanation(tensor.name, tuple(facts), "recipe", passages)
 
 
 def _traits(tensor: TensorNode) -> str:
@@ -155,11 +158,13 @@ def _beginning(graph: ParamGraph, tensor: TensorNode, storage: Storage) -> Itera
         yield "uninitialized", f"the constructor leaves elements without values; {WAY_OUT}"
 
 
-def _op(op: Op, tensor: TensorNode, graph: ParamGraph) -> Passage:
+def _op(op: Op, tensor: TensorNode, graph: ParamGraph, is_part: bool) -> Passage:
+    """One op in words; where it `is_part` of an init function that calls several, its operator is named as well."""
     own = next((view for view in op.targets if view.storage == tensor.view.storage), None)
     made = "" if own else "".join(f"  makes {describe_value(view)}" for view in op.targets[:1])
     part = describe_part(own, tensor.view) if own else ""
-    title = f"op {op.index}  {describe_op(op)}{part}{made}"
+    within = f": {operator_name(op)}" if is_part else ""
+    title = f"op {op.index}  {describe_op(op)}{within}{part}{made}"
     lines = [] if op.position is None else [_position(op.position, graph.ops)]
     lines += [f"at {describe_frame(frame)}" for frame in op.site.frames[:1]]
     lines += [f"   {describe_frame(frame)}" for frame in op.site.frames[1:]]

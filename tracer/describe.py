@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -59,13 +59,13 @@ def describe_op(op: Op) -> str:
 
     `kaiming_uniform_(a=2.236)`, `normal_(mean=0.0, std=0.02)`, `zero_()`, `copy_(float32[4, 4])`.
     """
-    name = op.site.init or _operator(op)
+    name = op.site.init or operator_name(op)
     return f"{name}({_named(_shown(op, hidden=op.writes[:1]))})"
 
 
 def _brief(op: Op, hidden: Sequence[View] = ()) -> str:
     """The call without the tensors in `hidden`, and without what an init function's reader takes for granted (`mean=0.0`)."""
-    name = op.site.init or _operator(op)
+    name = op.site.init or operator_name(op)
     defaults = _init_defaults(name)
     shown = [(key, value) for key, value in _shown(op, [*op.writes[:1], *hidden]) if defaults.get(key, _MISSING) != value]
     return f"{name}({_named(shown)})"
@@ -102,7 +102,7 @@ def _named(arguments: Iterable[tuple[str, Any]]) -> str:
     return ", ".join(f"{name}={describe_value(value)}" if name else describe_value(value) for name, value in arguments)
 
 
-def _operator(op: Op) -> str:
+def operator_name(op: Op) -> str:
     """The operator's name without namespace and overload."""
     name = op.name.rpartition("::")[2].removeprefix("aten.")
     return name.partition(".")[0]
@@ -287,8 +287,16 @@ def graph_text(graph: ParamGraph) -> str:
             lines.append(f"    constant {describe_value(constant.dtype)}{list(constant.size)}, digest {constant.digest[:12]}")
         elif not recipe:
             lines.append("    empty" if not tensor.numel else "    uninitialized")
-        lines += [f"    {describe_op(op)}{f'  at {describe_frame(op.site.line)}' if op.site.line else ''}" for op in recipe]
+        lines += [f"    {line}" for line in _recipe_lines(recipe)]
     return "\n".join(lines)
+
+
+def _recipe_lines(recipe: Iterable[Op]) -> Iterator[str]:
+    """One line an op; the ops that one call of an init function makes share a line."""
+    for _, group in groupby(recipe, key=lambda op: op.site if op.site.init is not None else op.index):
+        ops = list(group)
+        place = f"  at {describe_frame(ops[0].site.line)}" if ops[0].site.line else ""
+        yield f"{describe_op(ops[0])}{f', {len(ops)} ops' if len(ops) > 1 else ''}{place}"
 
 
 def _tensor_line(tensor: TensorNode) -> str:
