@@ -1,6 +1,10 @@
-"""Will it fit? Peak bytes of weights, gradients and optimizer state for published models, from their configurations alone."""
+"""Will it fit? Peak bytes of published models, constructed and trained with AdamW, from their configurations alone.
+
+`--json` prints everything that `plan.memory(...)` knows instead of the table: phases, devices, the tensors that make the peak.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +13,7 @@ import transformers
 import groundplan as gp
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
+COLUMNS = ("build, load", "train, adamw", "build, load", "train, adamw")
 
 
 def plan_for(path: Path) -> gp.Plan:
@@ -18,25 +23,29 @@ def plan_for(path: Path) -> gp.Plan:
 
 
 def main() -> None:
-    print(f"{'model':28}{'weights':>14}{'bfloat16':>14}{'train, adamw':>16}{'bfloat16':>14}")
+    workload = gp.Training(optimizer="adamw")
+    found: dict[str, list[gp.Memory]] = {}
     for path in CONFIGS:
         plan = plan_for(path)
         half = plan.cast(torch.bfloat16)
-        workload = gp.Training(optimizer="adamw")
-        peaks = [
-            plan.memory().phases["checkpoint"],
-            half.memory().phases["checkpoint"],
-            plan.memory(workload).peak,
-            half.memory(workload).peak,
-        ]
-        print(
-            f"{path.stem:28}" + "".join(f"{peak / 1e9:>{width}.1f}" for peak, width in zip(peaks, (14, 14, 16, 14), strict=True))
-        )
-    print("GB (10^9 bytes) of tensors on one device, without activations")
+        found[path.stem] = [plan.memory(), plan.memory(workload), half.memory(), half.memory(workload)]
+    if "--json" in sys.argv:
+        names = ("float32", "float32, adamw", "bfloat16", "bfloat16, adamw")
+        data = {
+            model: {name: each.to_json() for name, each in zip(names, memories, strict=True)} for model, memories in found.items()
+        }
+        print(json.dumps(data, indent=2))
+        return
 
-    binding = plan_for(CONFIGS[-1]).memory(gp.Training(optimizer="adamw")).binding
-    name, nbytes = binding.tensors[0]
-    print(f"\n{CONFIGS[-1].stem}: the peak is in the phase {binding.phase!r}; its largest tensor is {name}, {nbytes:,} bytes")
+    print(f"{'peak, in GB':24}{'float32':>28}{'bfloat16':>28}")
+    print(" " * 24 + "".join(f"{name:>14}" for name in COLUMNS))
+    for model, memories in found.items():
+        print(f"{model:24}" + "".join(f"{memory.peak / 1e9:14,.1f}" for memory in memories))
+    print("GB is 10^9 bytes; tensors on one device, without activations\n")
+    for model, memories in found.items():
+        binding = memories[1].binding
+        name, nbytes = binding.tensors[0]
+        print(f"{model}: the peak of training is in {binding.phase}; the largest part is {name}'s, {nbytes / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

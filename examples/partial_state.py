@@ -8,9 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import groundplan as gp
 
-CONFIG = LlamaConfig(
-    **json.loads((Path(__file__).parent / "configs" / "llama-3.2-1b.json").read_text()) | {"num_hidden_layers": 2}
-)
+FIELDS = json.loads((Path(__file__).parent / "configs" / "llama-3.2-1b.json").read_text())
+CONFIG = LlamaConfig(**FIELDS | {"num_hidden_layers": 2, "vocab_size": 32_000})
 
 
 def main() -> None:

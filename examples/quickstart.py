@@ -35,8 +35,8 @@ def main() -> None:
 
     started = time.perf_counter()
     torch.manual_seed(0)
-    eager = ViTForImageClassification(vit).to(torch.bfloat16)
-    print(f"the eager constructor and .to(torch.bfloat16) took {time.perf_counter() - started:.2f} s")
+    eager = ViTForImageClassification(vit).bfloat16()
+    print(f"the eager constructor and .bfloat16() took {time.perf_counter() - started:.2f} s")
     expected = eager.state_dict()
     different = [name for name, value in model.state_dict().items() if not torch.equal(value, expected[name])]
     print(f"tensors that differ from eager's: {len(different)} of {len(expected)}")

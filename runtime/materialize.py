@@ -20,7 +20,7 @@ import torch
 
 from ..planner.check import check_decisions
 from ..planner.decisions import Decisions
-from ..tracer.ambient import ambient_applied, host_random_now, restore_host_random
+from ..tracer.ambient import ambient_applied, host_random_now, one_at_a_time, restore_host_random
 from ..tracer.collect import roots_of
 from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph
@@ -77,7 +77,7 @@ def materialize(
     """
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
-    with _restored_on_failure():
+    with one_at_a_time, _restored_on_failure():
         if seed is not None:
             torch.manual_seed(seed)
         build = build.under_current_state()

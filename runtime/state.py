@@ -9,7 +9,7 @@ import torch
 
 from ..planner.check import check_decisions
 from ..planner.decisions import Cast, Decisions, final_device
-from ..tracer.ambient import ambient_applied
+from ..tracer.ambient import ambient_applied, one_at_a_time
 from ..tracer.collect import roots_of
 from ..tracer.graph import ParamGraph
 from ..tracer.replay import Replay
@@ -34,7 +34,7 @@ def materialize_state(
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         build.graph.tensor(name)
-    with generators_kept():
+    with one_at_a_time, generators_kept():
         if seed is not None:
             torch.manual_seed(seed)
         build = build.under_current_state()

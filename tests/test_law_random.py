@@ -35,8 +35,8 @@ def eager_error(program: Program, seed: int) -> Exception | None:
     return None
 
 
-# What earlier versions got wrong: a draw made to learn a shape moved the stream; a fill that is left out was the storage's only one;
-# autograd takes a view again when it is asked for its grad_fn; one part of a split whose base was written has no grad_fn.
+# What earlier versions got wrong: a draw made to learn a shape moved the stream; a fill that is left out was the storage's only
+# one; autograd takes a view again when it is asked for its grad_fn; a part of a split whose base was written has no grad_fn.
 WRONG_ONCE: list[tuple[Program, torch.dtype | None]] = [
     ([(41, 408, 349, 419), (226, 319, 269, 217)], None),
     ([(178, 334, 411, 345), (50, 427, 293, 386), (276, 17, 108, 303), (441, 79, 283, 122), (26, 267, 271, 249)], torch.bfloat16),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -329,3 +330,13 @@ def test_parts_follow_the_default_dtype_of_each_call() -> None:
         torch.set_default_dtype(torch.float32)
     for name, value in plan.materialize_state(["a", "b", "c"], seed=0).items():
         assert value.dtype == getattr(expected, name).dtype and torch.equal(value, getattr(expected, name))
+
+
+def test_threads_take_turns() -> None:
+    def work(_: int) -> bool:
+        plan = gp.trace(zoo.Data)
+        return bool((plan.materialize(seed=1).e == plan.materialize_state(["e"], seed=1)["e"]).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+    assert nn.init._no_grad_trunc_normal_.__module__ == "torch.nn.init"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ def ambient_now() -> Ambient:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
     )
+
+
+one_at_a_time = threading.RLock()
+"""Held while a constructor runs: it replaces functions of torch and moves global generators, which threads share."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .ambient import HostRandom, ambient_kept, ambient_now, host_random_now, restore_host_random
+from .ambient import HostRandom, ambient_kept, ambient_now, host_random_now, one_at_a_time, restore_host_random
 from .collect import collect
 from .graph import ModuleNode, ParamGraph, TensorNode
 from .patches import torch_patched
@@ -34,7 +34,7 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
     Errors of the constructor come out as they are. Raises `TraceError` for what a trace cannot follow.
     """
     ambient, host = ambient_now(), host_random_now()
-    with generators_kept() as states, ambient_kept():
+    with one_at_a_time, generators_kept() as states, ambient_kept():
         tape = Tape(states)
         try:
             built, modules, tensors = _recorded(tape, build, args, kwargs)
