@@ -1,0 +1,3 @@
+"""Unit tests of the backward slice and the liveness marks."""
+
+from __future__ import annotations
