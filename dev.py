@@ -80,10 +80,12 @@ def pinned_torch(root: Path) -> str:
     return next(requirement for requirement in requirements if requirement.startswith("torch=="))
 
 
-def has_pip(python: Path) -> bool:
+def is_usable(python: Path) -> bool:
+    """Whether this is a Python that groundplan runs on, with pip."""
     if not python.exists():
         return False
-    return subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+    code = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
+    return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def environment(shell: Shell) -> Path:
@@ -91,7 +93,7 @@ def environment(shell: Shell) -> Path:
     python = venv_python(VENV)
     if is_current(ROOT, VENV):
         return python
-    if not has_pip(python):
+    if not is_usable(python):
         shell.run(sys.executable, "-m", "venv", "--clear", VENV)
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input")
     shell.run(*pip, pinned_torch(ROOT))

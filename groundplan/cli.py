@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import sysconfig
 import time
@@ -29,7 +30,7 @@ from .planner.memory import human_bytes
 from .planner.workload import COPIES
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
 from .spec import Spec, offline, parse_spec
-from .tracer.errors import DecisionError, GroundplanError, SpecError, nearest
+from .tracer.errors import DecisionError, GroundplanError, MaterializeError, SpecError, nearest
 
 app = typer.Typer(
     name="groundplan",
@@ -132,6 +133,7 @@ def materialize(
     started = time.monotonic()
     with _session(spec, kwargs) as parsed, Output(out, (WEIGHTS, *((CONFIG,) if parsed.config else ())), force) as written:
         plan = _plan(parsed, dtype, device)
+        _check_room(plan, out)
         with _constructing(parsed.name):
             model = plan.materialize(seed=seed)
         saved = save_state(named_state(model), written.temporary(WEIGHTS))
@@ -153,6 +155,27 @@ def materialize(
     else:
         what = f"{saved.tensors:,} tensors, {human_bytes(saved.nbytes)}, seed {seed}, {seconds:.1f} s"
         typer.echo(f"{', '.join(map(str, written.paths))}: {what}")
+
+
+def _check_room(plan: gp.Plan, out: Path) -> None:
+    """Refuse what this machine cannot hold, before the system ends the process half-way."""
+    needed, size = plan.memory().by_device["construct"].get("cpu", 0), sum(plan.report().sizes[1].values())
+    memory, disk = _main_memory(), shutil.disk_usage(out).free
+    if memory is not None and needed > memory:
+        raise MaterializeError(
+            f"building it takes {human_bytes(needed)} of main memory, and this machine has {human_bytes(memory)}: cast it with "
+            "--dtype, or build some tensors only, in Python, with plan.materialize_state(names)"
+        )
+    if size > disk:
+        raise MaterializeError(f"the file takes {human_bytes(size)}, and {out} has {human_bytes(disk)} left")
+
+
+def _main_memory() -> int | None:
+    """Bytes of main memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 # -- what the commands share --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from .tracer.describe import describe_frame, describe_op, recipe_phrases
 from .tracer.graph import Frame, Op, ParamGraph, Storage, TensorNode
 from .units import format_bytes, format_count
 
-WAY_OUT = 'materialize() raises unless you pass checkpoint=..., uninitialized="zero" or uninitialized="empty"'
+WAY_OUT = 'materialize() raises unless you pass uninitialized="zero" or uninitialized="empty"'
 
 _WIDEST_NAME = 60
 _SHOWN_DEAD = 6

@@ -206,7 +206,7 @@ def _import_transformers(file: Path) -> ModuleType:
     try:
         return importlib.import_module("transformers")
     except ModuleNotFoundError as error:
-        raise SpecError(f"{file} needs transformers ({error}): pip install 'groundplan[transformers]'") from error
+        raise SpecError(f"{file} needs transformers ({error}): pip install 'transformers>=5'") from error
 
 
 def _model_class(transformers: ModuleType, file: Path, fields: Mapping[str, Any]) -> Callable[..., Any]:

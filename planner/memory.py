@@ -382,7 +382,7 @@ def _children_first(path: str, children: Mapping[str, Iterable[str]]) -> Iterato
 
 def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "construct leaves out temporaries inside a single op, such as the matrix that orthogonal_ decomposes"
+    yield "construct leaves out what the constructor makes and drops, and temporaries inside an op, such as orthogonal_'s"
     if decisions.steps:
         yield "construct converts one tensor at a time, as nn.Module.to does; overridden _apply (nn.LSTM) may take more"
     yield "load reads a checkpoint of the final dtypes one tensor at a time, each by way of host memory"

@@ -62,7 +62,9 @@ class Guided(TorchDispatchMode):
         if self._following:
             if kind is Kind.FILL:
                 return self._fill(func, args, kwargs)
-            self._follow(func, kind, args, kwargs)
+            op = self._follow(func, kind, args, kwargs)
+            if op is not None and op.unread and not (args[0].is_conj() or args[0].is_neg()):
+                return torch.empty_like(*args, **kwargs)  # a clone that nothing reads: the memory without the values
         tensors = list(tensors_in(args, kwargs)) if len(self.waiting) else []
         if kind is Kind.VIEW:
             with self.waiting.geometry_only(tensors):

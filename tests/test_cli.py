@@ -311,6 +311,24 @@ def test_a_failed_write_keeps_the_old_file(groundplan: Runner, monkeypatch: pyte
     assert Path("made/model.safetensors").read_text() == "precious"
 
 
+def test_what_the_machine_cannot_hold_is_refused_first(groundplan: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(cli, "_main_memory", lambda: 64 * 10**9)
+    result = groundplan("materialize", str(CONFIGS / "llama-3.1-405b.json"), "--out", "made")
+    assert result.code == 1
+    assert "takes 1623.41 GB of main memory, and this machine has 64.00 GB" in result.err
+    monkeypatch.setattr(cli, "_main_memory", lambda: None)
+    result = groundplan("materialize", str(CONFIGS / "llama-3.1-405b.json"), "--out", "made")
+    assert result.code == 1
+    assert "the file takes 1623.41 GB, and made has" in result.err
+    assert not Path("made").exists()
+
+
+def test_the_main_memory_is_known_here() -> None:
+    if sys.platform.startswith("linux"):
+        assert (cli._main_memory() or 0) > 2**28
+
+
 def test_a_file_in_the_way_of_the_folder(groundplan: Runner) -> None:
     Path("made").write_text("a file")
     result = groundplan("materialize", "cli_zoo:Net", "--out", "made/deep")

@@ -8,19 +8,33 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from groundplan import cli
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = ROOT / "README.md"
+WRITTEN_WITH = {"torch": "2.13.0", "transformers": "5.23.0"}  # other versions print other lines
 BLOCK = re.compile(r"<!-- block: (\w+) -->\n```\n(.*?)```\n", re.DOTALL)
 _SHOWN_LINES = 17  # of the graph's text
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return "none"
 
 
 def run(*command: str | Path) -> str:
@@ -54,14 +68,47 @@ def blocks() -> dict[str, str]:
     return found
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.13.0"), reason="the README is written with torch 2.13.0")
+@pytest.mark.skipif(
+    {name: installed(name) for name in WRITTEN_WITH} != WRITTEN_WITH, reason=f"the README is written with {WRITTEN_WITH}"
+)
 def test_the_readme_shows_what_is_printed() -> None:
     text = README.read_text(encoding="utf-8")
     renewed = BLOCK.sub(lambda match: f"<!-- block: {match[1]} -->\n```\n{blocks()[match[1]]}\n```\n", text)
+    assert {name for name, _ in BLOCK.findall(text)} == set(blocks())
     if os.environ.get("GROUNDPLAN_UPDATE"):
         README.write_text(renewed, encoding="utf-8")
-    assert {name for name, _ in BLOCK.findall(text)} == set(blocks())
+        return
     assert text == renewed, "run with GROUNDPLAN_UPDATE=1 to write the README's blocks anew"
+
+
+class MyModel(nn.Module):
+    """What the README's code is about."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(width, width)
+
+
+def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
+    code = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(code) == 2
+    for each in code:
+        exec(each, names)
+        torch.manual_seed(0)
+        assert torch.equal(names["model"].lm_head.weight, MyModel(8).to(torch.bfloat16).lm_head.weight)
+
+
+def test_the_readmes_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"^\$ groundplan (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["report", "report", "explain", "materialize"]
+    for line in lines[1:3]:  # the first is the user's own model, the last writes gigabytes
+        with pytest.raises(SystemExit) as ended:
+            cli.main(shlex.split(line))
+        assert not ended.value.code, capsys.readouterr().err
 
 
 def test_the_readmes_files_are_there() -> None:

@@ -351,7 +351,7 @@ def test_only_rank_0_exists() -> None:
 def test_weights_alone_do_not_speak_of_training() -> None:
     graph, decisions = planned(tensor("a"))
     assert not any("training" in note for note in memory(graph, decisions).notes)
-    assert any("single op" in note for note in memory(graph, decisions).notes)
+    assert any("inside an op" in note for note in memory(graph, decisions).notes)
 
 
 def test_gigabytes_are_decimal() -> None:

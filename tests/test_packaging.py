@@ -15,13 +15,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+MINE = """
+import torch
+
+OWNER = {name!r}
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 3)
+"""
+
 SHADOWS = """
-import groundplan, groundplan.planner, groundplan.tracer.graph, groundplan.runtime
+import groundplan as gp, groundplan.planner, groundplan.tracer.graph, groundplan.runtime
 import planner, runtime, tracer
-assert groundplan.__file__.startswith({site!r}), groundplan.__file__
+assert gp.__file__.startswith({site!r}), gp.__file__
 assert groundplan.planner.__file__.startswith({site!r}), groundplan.planner.__file__
 assert [planner.OWNER, runtime.OWNER, tracer.OWNER] == ["planner", "runtime", "tracer"]
-assert groundplan.trace
+assert gp.trace(planner.Net).materialize(seed=0).weight.shape == (3, 2)
+assert gp.__version__ == {version!r}, gp.__version__
 print("both are there")
 """
 
@@ -65,18 +76,52 @@ def test_the_wheel_names_its_script_and_license(wheel: Path) -> None:
         assert "License-Expression: Apache-2.0" in archive.read(info["METADATA"]).decode()
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_beside_a_users_own_planner(wheel: Path, tmp_path: Path) -> None:
-    site, work = tmp_path / "site", tmp_path / "work"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+@pytest.fixture(scope="module")
+def installed(dev: ModuleType, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment that holds nothing but the wheel, and sees this one's packages for its dependencies."""
+    environment = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = str(dev.venv_python(environment))
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(pip, check=True, stdin=subprocess.DEVNULL)
-    work.mkdir()
+    (site_of(python) / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    return environment
+
+
+def site_of(python: str) -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+
+
+@pytest.fixture
+def users_folder(tmp_path: Path) -> Path:
+    """A folder with a user's own `planner.py`, `runtime.py` and `tracer.py`."""
     for name in ("planner", "runtime", "tracer"):
-        (work / f"{name}.py").write_text(f"OWNER = {name!r}\n")
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    code = SHADOWS.format(site=str(site))
-    done = subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True)
-    assert done.stdout == "both are there\n", done.stderr
+        (tmp_path / f"{name}.py").write_text(MINE.format(name=name))
+    return tmp_path
+
+
+def run_in(folder: Path, *command: str | Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_beside_a_users_own_planner(dev: ModuleType, installed: Path, users_folder: Path) -> None:
+    python = dev.venv_python(installed)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    code = SHADOWS.format(site=str(site_of(str(python))), version=project["version"])
+    assert run_in(users_folder, python, "-c", code) == "both are there\n"
+
+
+@pytest.mark.slow
+def test_the_installed_command_reads_a_users_own_planner(dev: ModuleType, installed: Path, users_folder: Path) -> None:
+    command = dev.venv_python(installed).parent / "groundplan"
+    assert "kaiming_uniform_" in run_in(users_folder, command, "report", "planner:Net")
+    run_in(users_folder, command, "materialize", "planner:Net", "--out", "made")
+    assert (users_folder / "made" / "model.safetensors").exists()
 
 
 def test_what_differs_is_named(dev: ModuleType, tmp_path: Path) -> None:
@@ -131,6 +176,19 @@ def test_the_first_run_makes_the_environment(dev: ModuleType, repository: Path, 
 def test_later_runs_install_nothing(dev: ModuleType, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretend_installed(dev, repository)
     assert len(commands(dev, capsys, "demo")) == 1
+
+
+def test_an_environment_that_cannot_be_used_is_made_again(
+    dev: ModuleType, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = dev.venv_python(repository / ".venv")
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    assert len(commands(dev, capsys, "demo")) == 3  # it is one, and only lacks the packages
+    python.unlink()
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    assert "-m venv --clear" in commands(dev, capsys, "demo")[0]
 
 
 def test_a_changed_pyproject_installs_again(dev: ModuleType, repository: Path) -> None:

@@ -256,7 +256,7 @@ def test_a_directory_without_a_config(folder: Path) -> None:
 def test_transformers_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_config(folder / "tiny.json")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "groundplan[transformers]" in error(file)
+    assert "pip install 'transformers>=5'" in error(file)
 
 
 # -- the published configurations ---------------------------------------------------------------------------------------

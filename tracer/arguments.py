@@ -51,6 +51,8 @@ def frozen(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
 
 def frozen_kwargs(kwargs: Mapping[str, Any], change: Callable[[torch.Tensor], Any]) -> tuple[tuple[str, Any], ...]:
     """The keyword arguments as the tape keeps them."""
+    if not kwargs:
+        return ()
     return tuple((name, frozen(value, change)) for name, value in kwargs.items())
 
 

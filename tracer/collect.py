@@ -17,6 +17,9 @@ from .traced import public_type
 _INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 
+_HOLDERS = (torch.Tensor, list, tuple, dict)
+
+
 @dataclass(slots=True)
 class _Found:
     tensor: torch.Tensor
@@ -94,7 +97,7 @@ def _members(module: nn.Module, kind: Kind) -> Iterator[tuple[str, torch.Tensor,
         yield from ((name, each, name not in passing) for name, each in module._buffers.items() if each is not None)
     else:
         for name, value in list(module.__dict__.items()):
-            if name not in _INTERNAL:
+            if name not in _INTERNAL and isinstance(value, _HOLDERS) and (isinstance(value, torch.Tensor) or len(value)):
                 yield from ((path, each, True) for path, each in _inside(name, value, 0))
 
 

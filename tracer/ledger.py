@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from .errors import TraceError
-from .graph import Constant, Op, Storage, StreamPosition, View
+from .graph import Constant, Op, Site, Storage, StreamPosition, View
 from .schema import is_random
-from .sites import RawSite, capture, spell
+from .sites import RawSite, capture
 from .streams import Streams
 from .traced import META, Traced, meta_over, view_of
 
@@ -43,11 +43,11 @@ class Entry:
     def targets(self) -> tuple[View, ...]:
         return self.writes + tuple(view for view in self.outputs if view is not None)
 
-    def finished(self, live: bool, unread: bool) -> Op:
+    def finished(self, site: Site, live: bool, unread: bool) -> Op:
         """The op as the graph keeps it."""
         name = str(self.func) if isinstance(self.func, torch._ops.OpOverload) else self.func.__name__.removeprefix("_no_grad_")
         made = (self.args, self.kwargs, self.reads, self.writes, self.outputs, self.overwrites)
-        return Op(self.index, name, *made, spell(self.site), self.position, live, unread, self.func, self.default_dtype)
+        return Op(self.index, name, *made, site, self.position, live, unread, self.func, self.default_dtype)
 
 
 @dataclass(slots=True, eq=False)

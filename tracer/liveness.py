@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from .digraph import covers
 from .graph import Op, Storage, View
-from .schema import FILLS
+from .schema import FILLS, aten
 
 
 class Recorded(Protocol):
@@ -104,15 +104,20 @@ def kept_targets(op: Recorded, nbytes: Mapping[int, int]) -> tuple[View, ...]:
 
 
 def is_anchor(func: Any) -> bool:
-    """Whether an op is one the runtime may leave out: a fill that looks at no tensor, or `trunc_normal_`."""
+    """Whether an op is a fill that looks at no tensor, `trunc_normal_` included."""
     return func in FILLS or getattr(func, "__name__", "") == "_no_grad_trunc_normal_"
+
+
+def may_be_left_out(func: Any) -> bool:
+    """Whether the runtime can do without an op that nothing reads: a fill, or a copy of a tensor (`copy.deepcopy` makes many)."""
+    return is_anchor(func) or func is aten.clone.default
 
 
 def mark_liveness(entries: Sequence[Any], records: Sequence[Sized], kept: Iterable[int]) -> tuple[list[bool], list[bool]]:
     """For every op: whether it is live, and whether it is unread; `kept` are the storages that outlive the constructor.
 
-    `live` follows reads from live ops only. `unread` holds for a fill whose values no later call looks at before they are
-    overwritten or dropped, not even a dead one: the constructor's second run may leave it out without any call noticing.
+    `live` follows reads from live ops only. `unread` holds for a fill or a clone whose values no later call looks at before they
+    are overwritten or dropped, not even a dead one: the constructor's second run may leave it out without any call noticing.
     """
     exposed = {index for index, record in enumerate(records) if record.exposed}
     nbytes = {index: record.nbytes for index, record in enumerate(records)}
@@ -121,7 +126,7 @@ def mark_liveness(entries: Sequence[Any], records: Sequence[Sized], kept: Iterab
     for entry in reversed(entries):
         reaches = [view.storage for view in entry.targets if view.numel]
         live[entry.index] = entry.sensed or any(storage in needed for storage in reaches)
-        unread[entry.index] = is_anchor(entry.func) and not any(storage in looked_at for storage in reaches)
+        unread[entry.index] = may_be_left_out(entry.func) and not any(storage in looked_at for storage in reaches)
         replaced = {storage for storage in reaches if storage not in exposed and replaces(entry, storage, nbytes)}
         read = {view.storage for view in entry.reads}
         if live[entry.index]:

@@ -1,7 +1,7 @@
 """Where an op was called: the init function and the lines of Python on the way there.
 
-A `TorchFunctionMode` sees only four of torch's fourteen init functions, and costs half as much again as the whole trace; the
-calling frames name all of them for next to nothing. They are kept as (code, line) while tracing and turned into text afterwards.
+A `TorchFunctionMode` sees only four of torch's fourteen init functions; the calling frames name all of them, and cost half as
+much (docs/decisions/005). They are kept as (code, line) while tracing and turned into text afterwards.
 """
 
 from __future__ import annotations

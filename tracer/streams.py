@@ -83,19 +83,23 @@ class Streams:
 
     def start(self, source: torch.Generator | ImaginedGenerator, device: torch.device) -> None:
         """Mark the default generator of `device` as the ambient stream, the first time it is met."""
-        name = str(device)
+        name = _name(device)
         if name not in self._started and source is self.default_generator(device):
             self._started.add(name)
             self._mark(source, StreamPosition("ambient", device=name))
 
     def advance(self, generator: torch.Generator | None, device: torch.device, op: int) -> None:
         """Leave the generator in a state that says: op number `op` has drawn."""
-        self._mark(generator or self.default_generator(device), StreamPosition("after", op, device=str(device)))
+        self._mark(generator or self.default_generator(device), StreamPosition("after", op, device=_name(device)))
 
     def _mark(self, source: torch.Generator | ImaginedGenerator, position: StreamPosition) -> None:
         self._next += 1
         self._known[self._next] = position
         source.manual_seed(self._next)
+
+
+def _name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else str(device)
 
 
 def _explicit(source: torch.Generator | ImaginedGenerator, device: torch.device) -> StreamPosition:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from .graph import Op, Storage, View
 from .ledger import Ledger, bytes_of
 from .liveness import mark_liveness
 from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
-from .sites import here
+from .sites import here, spell
 from .streams import generators_kept
 from .traced import META, Hooks, Traced, hooks, meta_over, wrap
 from .values import Values
@@ -78,9 +79,8 @@ class Tape(TorchDispatchMode):
             hooks.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for kind in types:
-            if not issubclass(kind, Traced) and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-                return NotImplemented  # a subclass with rules of its own (DTensor): it calls us for what it is made of
+        if any(kind is not Traced and _has_own_rules(kind) for kind in types):
+            return NotImplemented  # a subclass such as DTensor: it calls us for what it is made of
         if func is _DEVICE:
             return args[0].device
         self.values.sync()
@@ -93,7 +93,8 @@ class Tape(TorchDispatchMode):
         entries, records = self.ledger.entries, self.ledger.records
         held = {record.index for record in records if record.constant is None and record.is_referenced} - kept
         live, unread = mark_liveness(entries, records, kept | held)
-        ops = tuple(entry.finished(live[entry.index], unread[entry.index]) for entry in entries)
+        sites = {entry.site: spell(entry.site) for entry in entries}
+        ops = tuple(entry.finished(sites[entry.site], live[entry.index], unread[entry.index]) for entry in entries)
         return ops, tuple(record.finished(record.index in held) for record in records)
 
     # -- storages without values, and fills -----------------------------------------------------------------------------
@@ -102,7 +103,8 @@ class Tape(TorchDispatchMode):
         device = result_device(args, kwargs)
         if device.type == "meta":
             return func(*args, **kwargs)
-        twin = func(*mapped(args, self.ledger.twin), **on_meta(kwargs) | {"device": META})
+        rest = args if func is aten.empty.memory_format else mapped(args, self.ledger.twin)
+        twin = func(*rest, **on_meta(kwargs) | {"device": META})
         self.ledger.adopt(twin, device)
         return wrap(twin, device)
 
@@ -184,6 +186,8 @@ class Tape(TorchDispatchMode):
         if not isinstance(source, Traced):
             return func(*args, **kwargs) if source is not None else self._general(func, args, kwargs)
         twin = self.ledger.twin(source)
+        if func is aten.detach.default:
+            return wrap(twin.detach(), source._traced_device)
         out = func(*mapped(args, self.ledger.twin), **mapped_kwargs(kwargs, self.ledger.twin))
         first = next(tensors_in((out,), {}), None)
         if first is twin:
@@ -315,6 +319,11 @@ class Tape(TorchDispatchMode):
 
             rest, options = without_generator(mapped(args, copy_of), mapped_kwargs(kwargs, copy_of))
             return mapped(func(*rest, **options), lambda each: twins[id(each)] if id(each) in twins else _meta_like(func, each))
+
+
+@cache
+def _has_own_rules(kind: type) -> bool:
+    return not issubclass(kind, Traced) and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def _meta_like(func: Any, tensor: torch.Tensor) -> torch.Tensor:
