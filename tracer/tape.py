@@ -323,7 +323,8 @@ class Tape(TorchDispatchMode):
 
 @cache
 def _has_own_rules(kind: type) -> bool:
-    return not issubclass(kind, Traced) and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    dispatch = getattr(kind, "__torch_dispatch__", torch.Tensor.__torch_dispatch__)
+    return not issubclass(kind, Traced) and dispatch is not torch.Tensor.__torch_dispatch__
 
 
 def _meta_like(func: Any, tensor: torch.Tensor) -> torch.Tensor:

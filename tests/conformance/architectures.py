@@ -18,9 +18,9 @@ def _mappings() -> list[Any]:
 
 def types(first: str, last: str) -> list[str]:
     """The names of the model types from `first` to `last`, by their first letter."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return sorted(name for name in CONFIG_MAPPING_NAMES if first <= name[0] <= last)
+    return sorted(name for name in CONFIG_MAPPING if first <= name[0] <= last)
 
 
 def classes_of(model_type: str) -> tuple[Any, list[type[nn.Module]]]:

@@ -1,7 +1,7 @@
 """Small versions of the transformers library's architectures, made from their default configurations without a list of models.
 
-A configuration is shrunk by the meaning of its fields' names: fewer layers, widths divided by a power of two (which keeps heads and
-groups dividing them), fewer experts, a small vocabulary. Where a model does not accept that, gentler levels are tried.
+A configuration is shrunk by the meaning of its fields' names: fewer layers, widths divided by a power of two (which keeps heads
+and groups dividing them), fewer experts, a small vocabulary. Where a model does not accept that, gentler levels are tried.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import nn
 LARGEST = 40_000_000  # elements; what is larger after shrinking is left out
 
 _LAYERS = re.compile(r"(^|_)(layers?|depth|blocks|stages?_repeats|n_layer|num_hidden_layers)$")
-_WIDTH = re.compile(r"(size|dim|dims|embd|d_model|d_ff|d_kv|channels?|width|units|rank|inner|features|filters|hidden|d_inner|conv_dim)$")
+_WIDTH = re.compile(r"(size|dims?|embd|d_model|d_ff|d_kv|channels?|width|units|rank|inner|features|filters|hidden)$")
 _EXPERTS = re.compile(r"(experts|n_routed_experts)$")
-_NEVER = re.compile(r"(patch|image|window|kernel|vocab|pool|stride|block_size|group|bucket|tile|crop|grid|state|codebook_size|chunk)")
+_NEVER = re.compile(
+    r"patch|image|window|kernel|vocab|pool|stride|block_size|group|bucket|tile|crop|grid|state|codebook_size|chunk"
+)
 _TOKENS = re.compile(r"token_(id|index)s?$")
 
 Changes = dict[str, Any]
@@ -100,6 +102,6 @@ def buildable(model: type[nn.Module], config_class: Any) -> Any:
             if elements <= LARGEST:
                 model(config)
                 return config
-        except Exception:  # noqa: S112 (what a model does not accept is the next level's business)
+        except Exception:  # what a model does not accept is the next level's business
             continue
     return None
