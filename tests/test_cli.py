@@ -173,7 +173,7 @@ def test_report_of_a_published_model(groundplan: Runner, name: str) -> None:
 def test_explain_one_tensor_and_everything(groundplan: Runner) -> None:
     one = groundplan("explain", "cli_zoo:Net", "first.weight").out
     assert "kaiming_uniform_" in one
-    assert "cli_zoo.py:9 in __init__" in one
+    assert re.search(r"cli_zoo\.py:9 in\s+__init__", one)  # the folder's name may be long
     everything = groundplan("explain", "cli_zoo:Net", "--dtype", "bfloat16", "--device", "cuda").out
     assert everything.index("1. cast to bfloat16") < everything.index("2. move to cuda")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import groundplan as gp
 from groundplan.tracer.graph import Op, ParamGraph
 
 from . import zoo
-from .law import generator_states
+from .law import assert_law, generator_states
 
 
 def graph_of(build: Any, *args: Any, **kwargs: Any) -> ParamGraph:
@@ -325,3 +326,45 @@ def test_the_users_own_meta_tensors_stay_meta() -> None:
     assert plan.graph.storages[plan.graph.tensor("own.weight").view.storage].device == "meta"
     model = plan.materialize(seed=0)
     assert model.own.weight.is_meta and not model.real.weight.is_meta
+
+
+def test_draws_that_the_trace_does_not_see_are_refused() -> None:
+    class Threads(nn.Module):
+        def __init__(self, before: bool) -> None:
+            super().__init__()
+            self.first = nn.Linear(2, 2) if before else None
+            with ThreadPoolExecutor(1) as pool:
+                self.layers = nn.ModuleList(pool.map(lambda _: nn.Linear(3, 3), range(2)))
+            self.last = nn.Linear(2, 2) if not before else None
+
+    for before in (True, False):
+        state = torch.get_rng_state()
+        with pytest.raises(gp.TraceError, match="in another thread"):
+            gp.trace(Threads, before)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.eye(3).to_sparse(), lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)]
+)
+def test_a_tensor_of_another_kind_is_refused_with_its_line(make: Any) -> None:
+    class Makes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made = make()
+
+    with pytest.raises(gp.TraceError, match=r"(sparse_coo|quantized) tensor, which a trace cannot follow \(.*test_trace.py"):
+        gp.trace(Makes)
+
+
+def test_a_forward_pass_in_the_constructor_changes_running_statistics() -> None:
+    class Runs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+            width = self.net(torch.rand(2, 3, 8, 8)).shape[1]
+            self.head = nn.Linear(width, 2)
+            with torch.no_grad():
+                self.net.eval()(torch.rand(1, 3, 8, 8))
+
+    assert_law(Runs)

@@ -15,6 +15,7 @@ from .schema import FILLS, aten
 _SCRATCH = 1 << 16
 _BLOCK = 16  # normal_ works in blocks of 16 elements where it is vectorized
 _HALF = (torch.float16, torch.bfloat16)
+_ROUNDS_UP = torch.__version__ >= "2.12"  # earlier ones draw an odd tail of half precision otherwise
 
 
 def words(func: Any, dtype: torch.dtype, numel: int, contiguous: bool) -> int | None:
@@ -34,7 +35,7 @@ def _uniform_words(dtype: torch.dtype, numel: int) -> int | None:
 
 def _normal_words(dtype: torch.dtype, numel: int) -> int | None:
     if dtype in _HALF:
-        return _BLOCK * -(-numel // _BLOCK)
+        return _BLOCK * -(-numel // _BLOCK) if _ROUNDS_UP or not numel % _BLOCK else None
     whole = numel + (_BLOCK if numel % _BLOCK else 0)
     return {torch.float32: whole, torch.float64: 2 * whole}.get(dtype)
 

@@ -94,19 +94,20 @@ def _answers_with_numbers(func: Any) -> bool:
     return not mutated_arguments(func) and not any("Tensor" in str(r.type) for r in func._schema.returns)
 
 
+# What these operators change although their schemas do not say so.
+_RUNNING = ("running_mean", "running_var")
+_HIDDEN_WRITES = {
+    "aten::native_batch_norm": _RUNNING,
+    "aten::cudnn_batch_norm": _RUNNING,
+    "aten::miopen_batch_norm": _RUNNING,
+    "aten::batch_norm_update_stats": _RUNNING,
+}
+
 _CHECKING = {
-    *("index", "index_put", "index_put_", "_unsafe_index", "index_select", "gather", "take", "embedding", "scatter", "scatter_"),
-    *(
-        "index_add_",
-        "index_copy_",
-        "index_fill_",
-        "scatter_add_",
-        "multinomial",
-        "poisson",
-        "bernoulli",
-        "bernoulli_",
-        "binomial",
-    ),
+    *("index", "index_put", "index_put_", "_unsafe_index", "index_select", "index_add_", "index_copy_", "index_fill_"),
+    *("gather", "take", "embedding", "scatter", "scatter_", "scatter_add_"),
+    *("multinomial", "poisson", "bernoulli", "bernoulli_", "binomial"),
+    *("quantize_per_tensor", "quantize_per_tensor_dynamic", "quantize_per_channel"),
 }
 
 
@@ -125,13 +126,15 @@ def is_random(func: Any) -> bool:
 @cache
 def mutated_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of every argument that the operator writes."""
-    return tuple((i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    arguments = enumerate(func._schema.arguments)
+    hidden = _HIDDEN_WRITES.get(func._schema.name, ())
+    return tuple((i, a.name) for i, a in arguments if (a.alias_info is not None and a.alias_info.is_write) or a.name in hidden)
 
 
 @cache
 def overwrites(func: Any) -> bool:
     """Whether the written arguments' previous values are ignored: fills, copies, and `out=` variants."""
-    return func in _OVERWRITES or torch.Tag.out in getattr(func, "tags", ())
+    return func in _OVERWRITES or any(argument.is_out for argument in func._schema.arguments)
 
 
 @cache

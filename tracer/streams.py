@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .errors import TraceError
 from .graph import StreamPosition
 
 
@@ -52,6 +53,11 @@ class Streams:
             for index, generator in enumerate(torch.cuda.default_generators):
                 self.start(generator, torch.device("cuda", index))
 
+    def check_end(self) -> None:
+        """Raise `TraceError` where something drew from the CPU's generator after the last recorded op."""
+        if torch.default_generator.initial_seed() in self._known:
+            _check_untouched(torch.default_generator)
+
     @contextmanager
     def private_generators_kept(self) -> Iterator[None]:
         """Give generators that the constructor was handed their states back; those of its own are lost with it anyway."""
@@ -76,6 +82,7 @@ class Streams:
         self.start(source, device)
         known = self._known.get(source.initial_seed())
         if known is not None:
+            _check_untouched(source)
             return known
         if generator is not None:
             self._private.append((generator, generator.get_state()))
@@ -96,6 +103,24 @@ class Streams:
         self._next += 1
         self._known[self._next] = position
         source.manual_seed(self._next)
+
+
+# Bytes of a CPU generator's state that say how far it has come since it was seeded.
+_PLACE = slice(8, 24)
+_UNTOUCHED = bytes(torch.Generator().manual_seed(0).get_state()[_PLACE].tolist())
+
+
+def _check_untouched(source: torch.Generator | ImaginedGenerator) -> None:
+    """A generator in a fingerprint state has drawn nothing since; otherwise the trace does not see everything that draws."""
+    if isinstance(source, ImaginedGenerator) or source.device.type != "cpu":
+        return
+    with torch._C._DisableTorchDispatch():
+        place = source.get_state().numpy()[_PLACE].tobytes()
+    if place != _UNTOUCHED:
+        raise TraceError(
+            "random numbers were drawn where the trace does not see it: in another thread, or by compiled code. Draw them in the "
+            "constructor's own thread, or pass the finished tensors in from outside"
+        )
 
 
 def _name(device: torch.device) -> str:

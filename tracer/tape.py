@@ -276,6 +276,7 @@ class Tape(TorchDispatchMode):
         outputs: list[View | None] = []
 
         def receive(twin: torch.Tensor) -> torch.Tensor:
+            _check_strided(twin)
             original = originals.get(id(twin))
             if original is not None or self.ledger.knows(twin):
                 outputs.append(None)
@@ -318,7 +319,7 @@ class Tape(TorchDispatchMode):
                 return copies[self.ledger.view(tensor)]
 
             rest, options = without_generator(mapped(args, copy_of), mapped_kwargs(kwargs, copy_of))
-            return mapped(func(*rest, **options), lambda each: twins[id(each)] if id(each) in twins else _meta_like(func, each))
+            return mapped(func(*rest, **options), lambda each: twins[id(each)] if id(each) in twins else _meta_like(each))
 
 
 @cache
@@ -327,9 +328,22 @@ def _has_own_rules(kind: type) -> bool:
     return not issubclass(kind, Traced) and dispatch is not torch.Tensor.__torch_dispatch__
 
 
-def _meta_like(func: Any, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise TraceError(f"{func} makes a tensor that is not strided, which a trace cannot follow ({here()})")
+def _check_strided(tensor: torch.Tensor) -> None:
+    if tensor.is_nested:
+        kind = "nested"
+    elif tensor.is_quantized:
+        kind = "quantized"
+    elif tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+    else:
+        return
+    raise TraceError(
+        f"the constructor makes a {kind} tensor, which a trace cannot follow ({here()}); build that part outside and pass it in"
+    )
+
+
+def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    _check_strided(tensor)
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
 
 

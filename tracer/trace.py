@@ -69,6 +69,7 @@ def _recorded(
     streams.start_default()
     with streams.private_generators_kept(), torch_patched(tape), tape.recording():
         built = run_constructor(build, args, kwargs)
+        streams.check_end()
         return built, *collect(built, tape.ledger)
 
 
