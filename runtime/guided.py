@@ -24,8 +24,8 @@ _UNRECORDED = (Kind.EMPTY, Kind.LIFT, Kind.METADATA, Kind.GEOMETRY)
 _SOMETIMES_RECORDED = (Kind.VIEW, Kind.VALUE)
 
 
-class Diverged(Exception):
-    """The constructor does something else than it did under trace."""
+class Diverged(BaseException):
+    """The constructor does something else than it did under trace; no `except Exception` of the user's is to catch this."""
 
 
 class Guided(TorchDispatchMode):
@@ -37,6 +37,7 @@ class Guided(TorchDispatchMode):
         self._ops = [op for op in graph.ops if not _is_host(op)]
         self._next = 0
         self._following = True
+        self._given_up = False
         self._waits = waits
         self._zeros = zeros
         self._progress = progress
@@ -53,6 +54,8 @@ class Guided(TorchDispatchMode):
         with _trunc_normal_replaced(self):
             yield
         self._following = False
+        if self._given_up:
+            raise Diverged("the constructor caught the exception that gave up its run")
         if self._next != len(self._ops):
             raise Diverged(f"the constructor ended before {self._ops[self._next].describe()}")
 
@@ -91,14 +94,18 @@ class Guided(TorchDispatchMode):
             return op
         if kind in _SOMETIMES_RECORDED:
             return None
-        raise Diverged(f"{func} where the tape has {op.describe() if op else 'nothing more'}")
+        raise self._difference(str(func), op)
+
+    def _difference(self, here: str, op: Op | None) -> Diverged:
+        self._given_up = True
+        return Diverged(f"{here} where the tape has {op.describe() if op else 'nothing more'}")
 
     def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, generator = args[0], kwargs.get("generator")
         op = self._follow(func, Kind.FILL, args, kwargs)
         if op is None:
             return func(*args, **kwargs)
-        _check_same(op, target, args[1:])
+        self._check_same(op, target, args[1:])
         if op.unread and self._leave_out(func, target, generator):
             return target
         if self._may_wait(op, target) and self.waiting.take(func, target, args[1:], generator):
@@ -107,6 +114,12 @@ class Guided(TorchDispatchMode):
         func(*args, **kwargs)
         self._progress(target.nbytes)
         return target
+
+    def _check_same(self, op: Op, target: torch.Tensor, args: tuple[Any, ...]) -> None:
+        view = op.writes[0]
+        here = (target.dtype, tuple(target.shape), target.stride(), target.storage_offset(), *args)
+        if here != (view.dtype, view.size, view.stride, view.offset, *op.args[1:]):
+            raise self._difference(f"{op.name} on {here}", op)
 
     def _may_wait(self, op: Op, target: torch.Tensor) -> bool:
         """Whether the storage holds nothing yet but fills that wait, and nothing looks at it behind torch's back."""
@@ -133,8 +146,8 @@ class Guided(TorchDispatchMode):
             return original(tensor, *bounds, generator=generator)  # type: ignore[no-any-return]
         op = self._ops[self._next] if self._next < len(self._ops) else None
         if op is None or op.func is not original:
-            raise Diverged(f"trunc_normal_ where the tape has {op.describe() if op else 'nothing more'}")
-        _check_same(op, tensor, bounds)
+            raise self._difference("trunc_normal_", op)
+        self._check_same(op, tensor, bounds)
         self._next += 1
         self.waiting.fill(tensor)
         self._following = False
@@ -158,13 +171,6 @@ def _first_writes(graph: ParamGraph) -> dict[int, int]:
             for view in op.targets:
                 first.setdefault(view.storage, op.index)
     return first
-
-
-def _check_same(op: Op, target: torch.Tensor, args: tuple[Any, ...]) -> None:
-    view = op.writes[0]
-    here = (target.dtype, tuple(target.shape), target.stride(), target.storage_offset(), *args)
-    if here != (view.dtype, view.size, view.stride, view.offset, *op.args[1:]):
-        raise Diverged(f"{op.describe()} on {here} where the tape has {view}")
 
 
 def _asks_for_meta(kwargs: dict[str, Any]) -> bool:

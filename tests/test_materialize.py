@@ -340,3 +340,23 @@ def test_threads_take_turns() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(8)))
     assert nn.init._no_grad_trunc_normal_.__module__ == "torch.nn.init"
+
+
+@pytest.mark.parametrize("caught", [Exception, BaseException])
+def test_a_constructor_that_catches_everything_does_not_hide_the_difference(caught: type[BaseException]) -> None:
+    calls: list[None] = []
+
+    def changing() -> nn.Module:
+        calls.append(None)
+        module = nn.Linear(4, 4)
+        try:
+            if len(calls) > 1:
+                nn.init.normal_(module.weight)
+            nn.init.zeros_(module.bias)
+        except caught:
+            pass
+        return module
+
+    model = gp.trace(changing).materialize(seed=3)
+    torch.manual_seed(3)
+    assert equal_states(model, changing())
