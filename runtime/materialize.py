@@ -80,9 +80,9 @@ def materialize(
     with one_at_a_time, _restored_on_failure():
         if seed is not None:
             torch.manual_seed(seed)
-        build = build.under_current_state()
-        check_uninitialized(build.graph, uninitialized)
-        with _host_random_of(build):
+        with _host_random_of(build.origin):
+            build = build.under_current_state()
+            check_uninitialized(build.graph, uninitialized)
             return _run(build, decisions, uninitialized == "zero", progress)
 
 
@@ -125,15 +125,15 @@ def _restored_on_failure() -> Iterator[None]:
 
 
 @contextmanager
-def _host_random_of(build: Build) -> Iterator[None]:
+def _host_random_of(origin: Origin) -> Iterator[None]:
     """Python's and numpy's random states as the trace found them.
 
     Afterwards they stand where the constructor leaves them, or, if the user has drawn since the trace, where the user left them.
     """
     user = host_random_now()
-    restore_host_random(build.origin.host)
+    restore_host_random(origin.host)
     yield
-    if not user.same(build.origin.host):
+    if not user.same(origin.host):
         restore_host_random(user)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..planner.check import check_decisions
 from ..planner.decisions import Cast, Decisions, final_device
-from ..tracer.ambient import ambient_applied, one_at_a_time
+from ..tracer.ambient import ambient_applied, host_random_from, one_at_a_time
 from ..tracer.collect import roots_of
 from ..tracer.graph import ParamGraph
 from ..tracer.replay import Replay
@@ -32,12 +32,12 @@ def materialize_state(
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
     names = [names] if isinstance(names, str) else list(names)
-    for name in names:
-        build.graph.tensor(name)
-    with one_at_a_time, generators_kept():
+    with one_at_a_time, generators_kept(), host_random_from(build.origin.host):
         if seed is not None:
             torch.manual_seed(seed)
         build = build.under_current_state()
+        for name in names:
+            build.graph.tensor(name)
         check_uninitialized(build.graph, uninitialized, set(names))
         graph = _with_casts(build, decisions)
         found = _replayed(graph, names, uninitialized == "zero")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -15,27 +17,43 @@ from torch.nn.parameter import is_lazy
 import groundplan as gp
 
 _SKIPPED = {"_parameters", "_buffers", "_modules"}
+_DEPTH = 8
 
 
 # -- the law ------------------------------------------------------------------------------------------------------------
 
 
 def assert_law(build: Callable[[], Any], seed: int = 0, cast: torch.dtype | None = None, state: bool = True) -> gp.Plan:
-    """Raise `AssertionError`, naming what differs, where `build` does not come out as eager's.
+    """`assert_law_of` a constructor without arguments."""
+    return assert_law_of(build, seed=seed, cast=cast, state=state)
 
+
+def assert_law_of(
+    build: Callable[..., Any], *args: Any, seed: int = 0, cast: torch.dtype | None = None, state: bool = True, **kwargs: Any
+) -> gp.Plan:
+    """Raise `AssertionError`, naming what differs, where `build(*args, **kwargs)` does not come out as eager's.
+
+    The module is built twice: the second one is equal too, and shares memory with the first only where two eager ones do.
     `state` also asks for every tensor by itself, from its recipe.
     """
     _seed_everything(99)
     before = generator_states()
-    plan = gp.trace(build)
+    plan = gp.trace(build, *args, **kwargs)
     assert_same_states(before, generator_states(), "tracing moved")
     plan = plan.cast(cast) if cast else plan
     built = plan.materialize(seed=seed)
     after = generator_states()
-    expected = _eager(build, seed, cast)
+
+    def eager() -> Any:
+        return _eager(lambda: build(*args, **kwargs), seed, cast)
+
+    expected = eager()
     assert_same(expected, built)
     assert_same_states(generator_states(), after, "materialize left elsewhere")
-    if state and not plan.graph.host_random:
+    _assert_independent(plan, seed, built, expected, eager)
+    if cast is None and not plan.graph.seed_dependent:
+        assert_true_graph(plan, expected)
+    if state:
         assert_same_parts(plan, expected, seed)
     _assert_forms(plan)
     return plan
@@ -51,22 +69,78 @@ def _eager(build: Callable[[], Any], seed: int, cast: torch.dtype | None) -> Any
     return built
 
 
+def _assert_independent(plan: gp.Plan, seed: int, built: Any, expected: Any, eager: Callable[[], Any]) -> None:
+    """Another model of the same plan is equal, and holds memory of the first one only where eager models share some."""
+    _seed_everything(99)
+    again = plan.materialize(seed=seed)
+    assert_same(expected, again)
+    shared = _shared_names(built, again)
+    if shared or any(storage.constant for storage in plan.graph.storages):
+        _assert_equal("two models", "shared memory", _shared_names(expected, eager()), shared)
+
+
+def _shared_names(one: Any, other: Any) -> list[str]:
+    """The tensors of `other` that lie in memory of `one`."""
+    memory = {_memory(tensor) for tensor in named_tensors(one).values()}
+    return [name for name, tensor in named_tensors(other).items() if _memory(tensor) in memory]
+
+
+def assert_true_graph(plan: gp.Plan, expected: Any) -> None:
+    """What the graph says of every tensor is what the eager module shows."""
+    tensors, kinds, by_name = named_tensors(expected), _kinds(expected), plan.graph.by_name
+    named = {name: tensor for name, tensor in tensors.items() if name in _own_names(tensors, kinds)}
+    _assert_equal("the graph", "tensors", sorted(named), sorted(by_name))
+    _assert_same_groups("ties of the graph", _partition(named, id), _partition(by_name, id))
+    for name, tensor in named.items():
+        node = by_name[name]
+        if name == node.name:
+            _assert_equal(name, "kind and persistence", kinds[name], (node.kind, node.persistent))
+        _assert_equal(name, "requires_grad in the graph", tensor.requires_grad, node.requires_grad)
+        if not is_lazy(tensor):
+            _assert_equal(name, "geometry in the graph", _geometry(tensor), node.view[1:])
+            _assert_equal(name, "grad_fn in the graph", _grad_fn(tensor), node.grad_fn)
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    size, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return tensor.dtype, size, stride, offset, tensor.is_conj(), tensor.is_neg()
+
+
+def _kinds(built: Any) -> dict[str, tuple[str, bool]]:
+    """What every name stands for, and whether a state_dict has it."""
+    found: dict[str, tuple[str, bool]] = {}
+    for prefix, module in named_modules(built).items():
+        passing = getattr(module, "_non_persistent_buffers_set", ())
+        found |= {f"{prefix}.{name}".strip("."): ("parameter", True) for name, _ in module._parameters.items()}
+        found |= {f"{prefix}.{name}".strip("."): ("buffer", name not in passing) for name, _ in module._buffers.items()}
+    return {name: found.get(name, ("attribute", True)) for name in named_tensors(built)}
+
+
+def _own_names(tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, tuple[str, bool]]) -> set[str]:
+    """The names that count: a parameter's names as a parameter, not those of attributes that hold it too."""
+    order = ("parameter", "buffer", "attribute")
+    groups = _partition(tensors, id)
+    first = {name: min(order.index(kinds[other][0]) for other in group) for group in groups for name in group}
+    return {name for name in tensors if order.index(kinds[name][0]) == first[name]}
+
+
 def assert_same_parts(plan: gp.Plan, expected: Any, seed: int) -> None:
-    """Every tensor asked for by itself has the bytes that the whole build gives it; the generators stay where they are."""
+    """Every tensor asked for by itself is as in the whole build; the generators stay where they are."""
     tensors = {name: each for name, each in named_tensors(expected).items() if not is_lazy(each) and not each.is_meta}
     names = [name for name in plan.graph.by_name if name in tensors]
     before = generator_states()
     found = plan.materialize_state(names, seed=seed)
     assert_same_states(before, generator_states(), "materialize_state moved")
+    _assert_equal("parts", "names", names, list(found))
     for name in names:
-        _assert_equal(name, "shape", tensors[name].shape, found[name].shape)
-        _assert_equal(name, "dtype", tensors[name].dtype, found[name].dtype)
-        _assert_equal(name, "values", content(tensors[name]), content(found[name]))
+        for what in ("shape", "dtype", "device", "requires_grad"):
+            _assert_equal(name, f"{what} of the part", getattr(tensors[name], what), getattr(found[name], what))
+        _assert_same_bits(name, tensors[name], found[name])
 
 
 def _assert_forms(plan: gp.Plan) -> None:
     plan.graph.check()
-    plan.graph.to_text()
+    assert plan.graph.to_text()
     for line in str(plan.report()).split("\n"):
         assert len(line) <= 100, f"the report has a line of {len(line)} columns: {line}"
 
@@ -82,18 +156,19 @@ def assert_same(expected: Any, found: Any) -> None:
     _assert_equal("the module", "tensors", list(left), list(right))
     for name in left:
         assert_same_tensor(name, left[name], right[name])
-    _assert_equal("the module", "ties", _partition(left, id), _partition(right, id))
-    _assert_equal("the module", "shared storages", _partition(left, _memory), _partition(right, _memory))
+    _assert_same_groups("ties", _partition(left, id), _partition(right, id))
+    _assert_same_groups("shared storages", _partition(left, _memory), _partition(right, _memory))
 
 
 def assert_same_modules(left: Mapping[str, nn.Module], right: Mapping[str, nn.Module]) -> None:
     """The same submodules: names, classes, flags, sharing, and every attribute that can be compared."""
     _assert_equal("the module", "submodules", list(left), list(right))
-    _assert_equal("the module", "shared submodules", _partition(left, id), _partition(right, id))
+    _assert_same_groups("shared submodules", _partition(left, id), _partition(right, id))
     for name, one in left.items():
         other = right[name]
-        _assert_equal(name, "class", type(one).__qualname__, type(other).__qualname__)
+        _assert_equal(name, "class", _class(one), _class(other))
         _assert_equal(name, "training", one.training, other.training)
+        _assert_equal(name, "slots", _slots(one), _slots(other))
         if not isinstance(one, torch.jit.ScriptModule):
             _assert_equal(name, "persistence", one._non_persistent_buffers_set, other._non_persistent_buffers_set)
             _assert_equal(name, "number of hooks", _hooks(one), _hooks(other))
@@ -105,49 +180,125 @@ def assert_same_tensor(name: str, left: torch.Tensor, right: torch.Tensor) -> No
     _assert_equal(name, "class", type(left), type(right))
     for what in ("dtype", "device", "requires_grad"):
         _assert_equal(name, what, getattr(left, what), getattr(right, what))
-    _assert_equal(name, "grad_fn", _autograd(left), _autograd(right))
     _assert_same_value(name, vars(left), vars(right))
     if is_lazy(left):
         return
     _assert_equal(name, "is_inference", left.is_inference(), right.is_inference())
     if not left.is_inference():
         _assert_equal(name, "version", left._version, right._version)
-    for what in ("shape", "stride", "storage_offset", "is_conj", "is_neg", "is_contiguous"):
-        one, other = getattr(left, what), getattr(right, what)
-        _assert_equal(name, what, one() if callable(one) else one, other() if callable(other) else other)
-    _assert_equal(name, "values", content(left), content(right))
+    _assert_equal(name, "shape", left.shape, right.shape)
+    for what in ("stride", "storage_offset", "is_conj", "is_neg"):
+        _assert_equal(name, what, getattr(left, what)(), getattr(right, what)())
+    _assert_equal(name, "autograd", _autograd(left), _autograd(right))
+    _assert_equal(name, "bytes of its storage", left.untyped_storage().nbytes(), right.untyped_storage().nbytes())
+    _assert_same_bits(name, left, right)
+    if isinstance(left, nn.Parameter):
+        _assert_equal(name, "number of hooks", len(left._backward_hooks or ()), len(right._backward_hooks or ()))
+        _assert_same_value(f"{name}.grad", left.grad, right.grad)
 
 
 def _autograd(tensor: torch.Tensor) -> str:
-    """Whether it is a leaf, and the class of its `grad_fn`; asking may raise where a base was changed in place."""
+    """Its place in autograd's graph; asking may raise where a base was changed in place."""
     try:
-        return f"{type(tensor.grad_fn).__name__}, leaf: {tensor.is_leaf}"
+        return f"{type(tensor.grad_fn).__name__}, leaf: {tensor.is_leaf}, view: {tensor._is_view()}"
     except RuntimeError as error:
         return str(error)
 
 
-def _assert_same_value(name: str, left: Any, right: Any) -> None:
-    """Compare what `==` can decide, through containers; anything else must at least be of the same class."""
-    _assert_equal(name, "class of an attribute", type(left).__qualname__, type(right).__qualname__)
+def _grad_fn(tensor: torch.Tensor) -> str | None:
+    try:
+        return None if tensor.grad_fn is None else type(tensor.grad_fn).__name__
+    except RuntimeError:
+        return None
+
+
+def _assert_same_bits(name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+    """The same bytes in index order; NaN is equal to the same NaN, 0.0 differs from -0.0."""
+    one, other = content(left), content(right)
+    if one != other:
+        size = left.element_size()
+        index = next(i for i in range(left.numel()) if one[i * size : (i + 1) * size] != other[i * size : (i + 1) * size])
+        differing = sum(one[i : i + size] != other[i : i + size] for i in range(0, len(one), size))
+        place = torch.unravel_index(torch.tensor(index), left.shape) if left.dim() else ()
+        at = ", ".join(str(int(each)) for each in place)
+        values = [each.detach().reshape(-1)[index].item() for each in (left, right)]
+        raise AssertionError(
+            f"{name}: {differing} of {left.numel()} values differ; at [{at}] it is {values[0]!r} in eager and {values[1]!r} here"
+        )
+
+
+def _assert_same_value(name: str, left: Any, right: Any, depth: int = 0) -> None:
+    """Compare what `==` can decide, through containers and dataclasses; anything else must at least be of the same class."""
+    _assert_equal(name, "class of an attribute", _class(left), _class(right))
     if isinstance(left, torch.Tensor):
         assert_same_tensor(name, left, right)
+    elif depth > _DEPTH or isinstance(left, weakref.ref):
+        return
     elif isinstance(left, dict):
-        _assert_equal(name, "keys", list(map(repr, left)), list(map(repr, right)))
-        for key, value in left.items():
-            _assert_same_value(f"{name}.{key}", value, right[key])
+        _assert_equal(name, "keys", list(map(_key, left)), list(map(_key, right)))
+        for key, one, other in zip(left, left.values(), right.values(), strict=True):
+            _assert_same_value(f"{name}.{key}".strip("."), one, other, depth + 1)
     elif isinstance(left, list | tuple):
         _assert_equal(name, "length", len(left), len(right))
         for index, (one, other) in enumerate(zip(left, right, strict=True)):
-            _assert_same_value(f"{name}[{index}]", one, other)
+            _assert_same_value(f"{name}[{index}]", one, other, depth + 1)
+    elif dataclasses.is_dataclass(left) and not isinstance(left, type):
+        _assert_same_value(name, getattr(left, "__dict__", {}), getattr(right, "__dict__", {}), depth + 1)
+    elif (state := _state_of_generator(left)) is not None:
+        _assert_equal(name, "state", state, _state_of_generator(right))
     elif isinstance(left, np.ndarray):
-        _assert_equal(name, "array", left.tobytes(), right.tobytes())
-    elif isinstance(left, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
+        _assert_equal(name, "array", (left.dtype, left.shape, left.tobytes()), (right.dtype, right.shape, right.tobytes()))
+    elif isinstance(left, bool | int | float | complex | str | bytes | torch.dtype | torch.device | np.generic):
         _assert_equal(name, "value", repr(left), repr(right))
+    elif not callable(left) and _defines(left, "__eq__") and not _equal(left, right):
+        raise AssertionError(f"{name}: value is {_short(left)} in eager and {_short(right)} here")
+
+
+def _state_of_generator(value: Any) -> str | None:
+    """The state of a private generator, as text; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return hashlib.sha256(value.get_state().numpy().tobytes()).hexdigest()
+    if isinstance(value, random.Random):
+        return repr(value.getstate())
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return repr(value.get_state())
+    return None
+
+
+def _defines(value: Any, method: str) -> bool:
+    """Whether its class does not leave the method to `object`."""
+    return getattr(type(value), method) is not getattr(object, method)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """`==`, where it has an answer; a class whose `==` raises is not compared."""
+    try:
+        return bool(left == right)
+    except Exception:
+        return True
+
+
+def _key(key: Any) -> str:
+    """A dict's key; objects that are known by their address only, by their class."""
+    return _class(key) if isinstance(key, nn.Module | torch.Tensor) or not _defines(key, "__repr__") else repr(key)
+
+
+def _class(value: Any) -> str:
+    """The class by name: some are made anew by each constructor."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _assert_equal(name: str, what: str, left: Any, right: Any) -> None:
     if left != right:
-        raise AssertionError(f"{name}: {what} is {_short(left)} in eager and {_short(right)} here")
+        raise AssertionError(f"{name or 'the module'}: {what} is {_short(left)} in eager and {_short(right)} here")
+
+
+def _assert_same_groups(what: str, left: list[list[str]], right: list[list[str]]) -> None:
+    """The same partition of names; the groups that only one of the two has are shown."""
+    one, other = [each for each in left if each not in right], [each for each in right if each not in left]
+    _assert_equal("the module", what, one, other)
 
 
 def _short(value: Any) -> str:
@@ -205,6 +356,12 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def _slots(module: nn.Module) -> dict[str, bool]:
+    """The names under which a module may hold a parameter, a buffer or a submodule, and whether it does."""
+    held = {**module._parameters, **module._buffers, **module._modules}
+    return {name: value is not None for name, value in held.items()}
+
+
 def _hooks(module: nn.Module) -> dict[str, int]:
     """How many hooks of each kind; they go by numbers that torch counts up over the whole process."""
     return {name: len(value) for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
@@ -214,7 +371,7 @@ def _partition(named: Mapping[str, Any], key: Callable[[Any], Any]) -> list[list
     groups: dict[Any, list[str]] = {}
     for name, each in named.items():
         groups.setdefault(key(each), []).append(name)
-    return sorted(groups.values())
+    return sorted(sorted(group) for group in groups.values())
 
 
 def _memory(tensor: torch.Tensor) -> Any:
@@ -252,4 +409,6 @@ def generator_states() -> dict[str, bytes]:
 def assert_same_states(expected: Mapping[str, bytes], found: Mapping[str, bytes], verb: str) -> None:
     """Raise `AssertionError` where a generator stands elsewhere."""
     for name, state in expected.items():
-        assert state == found[name], f"{verb} the generator of {name}"
+        if state != found[name]:
+            left, right = (hashlib.sha256(each).hexdigest()[:16] for each in (state, found[name]))
+            raise AssertionError(f"{verb} the generator of {name}: its state is {left} in eager and {right} here")

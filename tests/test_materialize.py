@@ -244,6 +244,39 @@ def test_host_randomness_is_that_of_the_trace() -> None:
     assert equal_states(plan.materialize(seed=0), first) and random.getstate() == before
 
 
+class _DecidesAndAsksNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = nn.Parameter(torch.tensor(np.random.rand(2)).float())
+        if torch.rand(1).item() > 0.5:
+            self.wide = nn.Parameter(torch.randn(3))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["plain", "cast"])
+def test_host_randomness_is_that_of_the_trace_where_the_seed_calls_for_another_one(dtype: torch.dtype | None) -> None:
+    np.random.seed(0)
+    plan = gp.trace(_DecidesAndAsksNumpy)
+    plan = plan.cast(dtype) if dtype else plan
+    np.random.rand()
+    before: Any = np.random.get_state()
+    for seed in range(4):
+        model = plan.materialize(seed=seed)
+        state = plan.materialize_state(list(model.state_dict()), seed=seed)
+        after: Any = np.random.get_state()
+        assert np.array_equal(before[1], after[1]) and before[2] == after[2]
+        np.random.seed(0)
+        expected = eager(_DecidesAndAsksNumpy, seed).to(dtype or torch.float32)
+        np.random.set_state(before)
+        assert equal_states(model, expected) and all(
+            torch.equal(state[name], value) for name, value in expected.named_parameters()
+        )
+
+
+def test_the_line_that_depends_on_the_seed_is_the_constructor_s_own() -> None:
+    (frame,) = gp.trace(_DecidesAndAsksNumpy).graph.seed_dependent
+    assert frame.file.endswith("test_materialize.py") and frame.function == "__init__"
+
+
 def test_control_flow_on_random_values_follows_the_seed() -> None:
     plan = gp.trace(zoo.Decides)
     depths = set()

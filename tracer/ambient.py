@@ -93,3 +93,14 @@ def restore_host_random(states: HostRandom) -> None:
     """Put both generators into the given states."""
     random.setstate(states.python)
     np.random.set_state(states.numpy)
+
+
+@contextmanager
+def host_random_from(states: HostRandom) -> Iterator[None]:
+    """Put both generators into the given states; the caller's own come back at the end."""
+    before = host_random_now()
+    restore_host_random(states)
+    try:
+        yield
+    finally:
+        restore_host_random(before)

@@ -6,6 +6,7 @@ much (docs/decisions/005). They are kept as (code, line) while tracing and turne
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -50,7 +51,7 @@ def _classify(code: CodeType) -> int:
         return _BORDER if code.co_name == "run_constructor" else _SKIP
     if file == _INIT:
         return _SKIP if code.co_name.startswith("_") else _IN_INIT
-    if file == copy.__file__:
+    if file in (copy.__file__, contextlib.__file__):
         return _SKIP
     if file.startswith(_TORCH):
         plumbing = ("_ops.py", "_tensor.py", "_python_dispatch.py", "_contextlib.py", "_device.py", "overrides.py")
