@@ -100,12 +100,14 @@ def _called(who: str | Op) -> str:
 
 
 def _fits(view: View, nbytes: int) -> bool:
-    if len(view.size) != len(view.stride) or min((view.offset, *view.size, *view.stride)) < 0:
+    _, dtype, sizes, strides, last, _, _ = view
+    if len(sizes) != len(strides) or last < 0:
         return False
-    if 0 in view.size:
-        return True
-    last = view.offset + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
-    return (last + 1) * view.dtype.itemsize <= nbytes
+    for size, stride in zip(sizes, strides, strict=True):
+        if size < 0 or stride < 0:
+            return False
+        last += (size - 1) * stride
+    return 0 in sizes or (last + 1) * dtype.itemsize <= nbytes
 
 
 def _check_order(graph: ParamGraph) -> None:

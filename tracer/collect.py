@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .traced import public_type
 _INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 
-_HOLDERS = (torch.Tensor, list, tuple, dict)
+_Member = tuple[str, torch.Tensor, bool]  # its name in the module, the tensor, whether it is part of the state dict
 
 
 @dataclass(slots=True)
@@ -53,8 +54,8 @@ def collect(built: Any, ledger: Ledger) -> tuple[tuple[ModuleNode, ...], tuple[T
         _walk(root, prefix, modules)
     tensors = _tensors(modules)
     return (
-        tuple(ModuleNode(tuple(names), type(module).__name__, module.training) for module, names in modules.values()),
-        tuple(_node(found, ledger) for found in tensors),
+        tuple([ModuleNode(tuple(names), type(module).__name__, module.training) for module, names in modules.values()]),
+        tuple([_node(found, ledger) for found in tensors]),
     )
 
 
@@ -71,34 +72,49 @@ def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _tensors(modules: Mapping[int, tuple[nn.Module, list[str]]]) -> list[_Found]:
+def _tensors(modules: Mapping[int, tuple[nn.Module, list[str]]]) -> Iterable[_Found]:
     """Parameters first, then buffers, then other tensors; one that is several of these counts as the first."""
     found: dict[int, _Found] = {}
-    for kind in ("parameter", "buffer", "attribute"):
+    for kind, members in _MEMBERS.items():
         for module, names in modules.values():
-            for name, tensor, persistent in _members(module, kind):
-                entry = found.setdefault(id(tensor), _Found(tensor, kind, persistent))
+            for name, tensor, persistent in members(module):
+                entry = found.get(id(tensor))
+                if entry is None:
+                    entry = found[id(tensor)] = _Found(tensor, kind, persistent)
                 if entry.kind == kind:
-                    entry.names.extend(_joined(prefix, name) for prefix in names)
-    first = _first_names(found.values())
-    return sorted(found.values(), key=lambda each: first[id(each.tensor)])
+                    entry.names.extend([_joined(prefix, name) for prefix in names])
+    return found.values()
 
 
-def _first_names(found: Any) -> dict[int, tuple[int, int]]:
-    order = {"parameter": 0, "buffer": 1, "attribute": 2}
-    return {id(each.tensor): (order[each.kind], place) for place, each in enumerate(found)}
+def _parameters(module: nn.Module) -> Iterable[_Member]:
+    return [(name, each, True) for name, each in module._parameters.items() if each is not None]
 
 
-def _members(module: nn.Module, kind: Kind) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    if kind == "parameter":
-        yield from ((name, each, True) for name, each in module._parameters.items() if each is not None)
-    elif kind == "buffer":
-        passing = module._non_persistent_buffers_set if hasattr(module, "_non_persistent_buffers_set") else ()
-        yield from ((name, each, name not in passing) for name, each in module._buffers.items() if each is not None)
-    else:
-        for name, value in list(module.__dict__.items()):
-            if name not in _INTERNAL and isinstance(value, _HOLDERS) and (isinstance(value, torch.Tensor) or len(value)):
-                yield from ((path, each, True) for path, each in _inside(name, value, 0))
+def _buffers(module: nn.Module) -> Iterable[_Member]:
+    if not module._buffers:
+        return ()
+    passing = getattr(module, "_non_persistent_buffers_set", ())
+    return [(name, each, name not in passing) for name, each in module._buffers.items() if each is not None]
+
+
+def _attributes(module: nn.Module) -> Iterable[_Member]:
+    found: list[_Member] = []
+    for name, value in module.__dict__.items():
+        if _may_hold(type(value)) and name not in _INTERNAL:
+            found.extend([(path, each, True) for path, each in _inside(name, value, 0)])
+    return found
+
+
+@cache
+def _may_hold(kind: type) -> bool:
+    return issubclass(kind, torch.Tensor | list | tuple | dict)
+
+
+_MEMBERS: Mapping[Kind, Callable[[nn.Module], Iterable[_Member]]] = {
+    "parameter": _parameters,
+    "buffer": _buffers,
+    "attribute": _attributes,
+}
 
 
 def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -116,7 +132,7 @@ def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.Tens
 def _node(found: _Found, ledger: Ledger) -> TensorNode:
     tensor = found.tensor
     return TensorNode(
-        tuple(dict.fromkeys(found.names)),
+        tuple(dict.fromkeys(found.names)) if len(found.names) > 1 else (found.names[0],),
         found.kind,
         ledger.view(tensor),
         tensor.requires_grad,
@@ -129,6 +145,7 @@ def _node(found: _Found, ledger: Ledger) -> TensorNode:
 def _grad_fn(tensor: torch.Tensor) -> str | None:
     """The class of its `grad_fn`; for a view that autograd forbids to follow (its base was changed in place) there is none."""
     try:
-        return type(tensor.grad_fn).__name__ if tensor.grad_fn is not None else None
+        node = tensor.grad_fn
+        return None if node is None else type(node).__name__
     except RuntimeError:
         return None

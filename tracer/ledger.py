@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from .errors import TraceError
 from .graph import Constant, Op, Site, Storage, StreamPosition, View
 from .schema import is_random
-from .sites import RawSite, capture
+from .sites import Sites
 from .streams import Streams
 from .traced import META, Traced, meta_over, view_of
 
@@ -34,20 +35,16 @@ class Entry:
     writes: tuple[View, ...]
     outputs: tuple[View | None, ...]
     overwrites: bool
-    site: RawSite
+    site: Site
     position: StreamPosition | None
     sensed: bool
     default_dtype: torch.dtype
+    targets: tuple[View, ...]
 
-    @property
-    def targets(self) -> tuple[View, ...]:
-        return self.writes + tuple(view for view in self.outputs if view is not None)
-
-    def finished(self, site: Site, live: bool, unread: bool) -> Op:
+    def finished(self, live: bool, unread: bool) -> Op:
         """The op as the graph keeps it."""
-        name = str(self.func) if isinstance(self.func, torch._ops.OpOverload) else self.func.__name__.removeprefix("_no_grad_")
         made = (self.args, self.kwargs, self.reads, self.writes, self.outputs, self.overwrites)
-        return Op(self.index, name, *made, site, self.position, live, unread, self.func, self.default_dtype)
+        return Op(self.index, _name(self.func), *made, self.site, self.position, live, unread, self.func, self.default_dtype)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,9 +72,9 @@ class Record:
         """Whether anything but the ledger still refers to it."""
         return torch._C._storage_Use_Count(self.handle._cdata) > 1
 
-    def finished(self, held: bool) -> Storage:
+    def finished(self, nbytes: int, held: bool) -> Storage:
         """The storage as the graph keeps it."""
-        return Storage(self.index, self.nbytes, str(self.device), self.constant, self.exposed, held)
+        return Storage(self.index, nbytes, _device_name(self.device), self.constant, self.exposed, held)
 
 
 class Ledger:
@@ -87,6 +84,7 @@ class Ledger:
         self.entries: list[Entry] = []
         self.records: list[Record] = []
         self.streams = Streams()
+        self.sites = Sites()
         self._indices: dict[int, int] = {}
         self._outside: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
@@ -144,7 +142,7 @@ class Ledger:
         twin = self.twin(tensor)
         if twin is tensor and not self.knows(twin):
             self.adopt(twin, META)
-        return self.view_of_twin(twin)
+        return view_of(twin, self._indices[twin.untyped_storage()._cdata])
 
     def view_of_twin(self, twin: torch.Tensor) -> View:
         """A meta tensor over an entered storage, as the tape writes it down."""
@@ -172,16 +170,16 @@ class Ledger:
         sensed: bool = False,
     ) -> None:
         """Add an op at the end of the tape; one that draws takes its place in its generator's stream."""
-        index = len(self.entries)
-        stream = generator.device if generator is not None else device
-        position = self.streams.position(generator, stream) if _draws(func) else None
-        made = (index, func, args, kwargs, reads, writes, outputs, overwrites)
-        entry = Entry(*made, capture(), position, sensed, torch.get_default_dtype())
-        self.entries.append(entry)
-        for view in entry.targets:
-            self.records[view.storage].writers.append(index)
-        if position is not None:
+        index, position = len(self.entries), None
+        if _draws(func):
+            stream = generator.device if generator is not None else device
+            position = self.streams.position(generator, stream)
             self.streams.advance(generator, stream, index)
+        targets = writes + tuple([view for view in outputs if view is not None]) if outputs else writes
+        made = (index, func, args, kwargs, reads, writes, outputs, overwrites)
+        self.entries.append(Entry(*made, self.sites.capture(), position, sensed, torch.get_default_dtype(), targets))
+        for view in targets:
+            self.records[view.storage].writers.append(index)
 
 
 def host_write(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -196,8 +194,19 @@ def host_read(*_: torch.Tensor) -> None:
 _HOST: tuple[Callable[..., Any], ...] = (host_write, host_read)
 
 
+@cache
 def _draws(func: Any) -> bool:
     return is_random(func) if isinstance(func, torch._ops.OpOverload) else func not in _HOST
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func) if isinstance(func, torch._ops.OpOverload) else func.__name__.removeprefix("_no_grad_")
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return str(device)
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

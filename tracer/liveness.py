@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from functools import cache
 from typing import Any, Protocol
 
 from .digraph import covers
@@ -29,15 +31,6 @@ class Recorded(Protocol):
     def overwrites(self) -> bool: ...
     @property
     def targets(self) -> tuple[View, ...]: ...
-
-
-class Sized(Protocol):
-    """What a storage must offer here."""
-
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def exposed(self) -> bool: ...
 
 
 def slice_for(ops: Sequence[Op], storages: Sequence[Storage], wanted: Iterable[int]) -> tuple[Op, ...]:
@@ -92,10 +85,13 @@ def slice_indices(
 
 def replaces(op: Recorded, storage: int, nbytes: Mapping[int, int]) -> bool:
     """Whether `op` leaves nothing of what `storage` held before."""
-    return any(
-        view.storage == storage and (view not in op.writes or op.overwrites) and covers(view, nbytes[storage])
-        for view in op.targets
-    ) and not any(view.storage == storage for view in op.reads)
+    for view in op.reads:
+        if view.storage == storage:
+            return False
+    for view in op.targets:
+        if view.storage == storage and (op.overwrites or view not in op.writes) and covers(view, nbytes[storage]):
+            return True
+    return False
 
 
 def kept_targets(op: Recorded, nbytes: Mapping[int, int]) -> tuple[View, ...]:
@@ -103,38 +99,46 @@ def kept_targets(op: Recorded, nbytes: Mapping[int, int]) -> tuple[View, ...]:
     return tuple(view for view in op.writes if not (op.overwrites and covers(view, nbytes[view.storage])))
 
 
+@cache
 def is_anchor(func: Any) -> bool:
     """Whether an op is a fill that looks at no tensor, `trunc_normal_` included."""
     return func in FILLS or getattr(func, "__name__", "") == "_no_grad_trunc_normal_"
 
 
+@cache
 def may_be_left_out(func: Any) -> bool:
     """Whether the runtime can do without an op that nothing reads: a fill, or a copy of a tensor (`copy.deepcopy` makes many)."""
     return is_anchor(func) or func is aten.clone.default
 
 
-def mark_liveness(entries: Sequence[Any], records: Sequence[Sized], kept: Iterable[int]) -> tuple[list[bool], list[bool]]:
+def mark_liveness(
+    entries: Sequence[Any], nbytes: Sequence[int], exposed: AbstractSet[int], kept: Iterable[int]
+) -> tuple[list[bool], list[bool]]:
     """For every op: whether it is live, and whether it is unread; `kept` are the storages that outlive the constructor.
 
     `live` follows reads from live ops only. `unread` holds for a fill or a clone whose values no later call looks at before they
     are overwritten or dropped, not even a dead one: the constructor's second run may leave it out without any call noticing.
+    `exposed` storages are looked at behind torch's back, at any time.
     """
-    exposed = {index for index, record in enumerate(records) if record.exposed}
-    nbytes = {index: record.nbytes for index, record in enumerate(records)}
-    needed, looked_at = set(kept) | exposed, set(kept) | exposed
+    sizes = dict(enumerate(nbytes))
+    needed = {*kept, *exposed}
+    looked_at = needed.copy()
     live, unread = [False] * len(entries), [False] * len(entries)
     for entry in reversed(entries):
-        reaches = [view.storage for view in entry.targets if view.numel]
-        live[entry.index] = entry.sensed or any(storage in needed for storage in reaches)
-        unread[entry.index] = may_be_left_out(entry.func) and not any(storage in looked_at for storage in reaches)
-        replaced = {storage for storage in reaches if storage not in exposed and replaces(entry, storage, nbytes)}
-        read = {view.storage for view in entry.reads}
-        if live[entry.index]:
+        reaches = [view.storage for view in entry.targets if 0 not in view.size]
+        is_live = live[entry.index] = entry.sensed or not needed.isdisjoint(reaches)
+        is_read = not may_be_left_out(entry.func) or not looked_at.isdisjoint(reaches)
+        unread[entry.index] = not is_read
+        if not is_live and not is_read:
+            continue
+        replaced = [storage for storage in reaches if storage not in exposed and replaces(entry, storage, sizes)]
+        read = [view.storage for view in entry.reads]
+        if is_live:
             needed.difference_update(replaced)
             needed.update(read)
-        if not unread[entry.index]:
+        if is_read:
             looked_at.difference_update(replaced)
             looked_at.update(read)
             if not is_anchor(entry.func):
-                looked_at.update(view.storage for view in kept_targets(entry, nbytes))
+                looked_at.update([view.storage for view in kept_targets(entry, sizes)])
     return live, unread

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,13 +66,22 @@ def _make_subclass(cls: type[Any], data: torch.Tensor, requires_grad: bool = Fal
     return _original_make_subclass(cls, data, requires_grad, **kwargs)
 
 
-def _new_parameter(cls: type, data: Any = None, requires_grad: bool = True, *rest: Any, **options: Any) -> Any:
-    if isinstance(data, Traced):
-        with torch._C._DisableTorchDispatch():  # raises what eager raises for a dtype without gradients
-            _original_make_subclass(torch.Tensor, torch.empty(0, dtype=data.dtype, device="cpu"), requires_grad)
-        if cls is not nn.Parameter:
-            return rewrap(data, cls, requires_grad)
-    return _original_new_parameter(cls, data, requires_grad, *rest, **options)
+def _new_parameter(cls: type, data: Any = None, requires_grad: bool = True) -> Any:
+    if not isinstance(data, Traced):
+        return _original_new_parameter(cls, data, requires_grad)
+    _check_gradients(data.dtype, requires_grad)
+    if cls is not nn.Parameter:
+        return rewrap(data, cls, requires_grad)
+    parameter = rewrap(data, type(data), requires_grad)
+    parameter._is_param = True  # as torch marks the parameters made of tensors of another class
+    return parameter
+
+
+@cache
+def _check_gradients(dtype: torch.dtype, requires_grad: bool) -> None:
+    """Raise what eager raises for a dtype that has no gradients."""
+    with torch._C._DisableTorchDispatch():
+        _original_make_subclass(torch.Tensor, torch.empty(0, dtype=dtype, device="cpu"), requires_grad)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Where an op was called: the init function and the lines of Python on the way there.
 
 A `TorchFunctionMode` sees only four of torch's fourteen init functions; the calling frames name all of them, and cost half as
-much (docs/decisions/005). They are kept as (code, line) while tracing and turned into text afterwards.
+much (docs/decisions/005). Most ops of a large model come from the same few places: a place is turned into text when it is met
+for the first time, and known from then on by its code objects and where in them they stand.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,25 +25,48 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _INIT = torch.nn.init.__file__
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PACKAGES = tuple(sorted({os.path.dirname(os.path.dirname(torch.__file__)), *sys.path}, key=len, reverse=True))
-_USER_FRAMES = 1
 
 _SKIP, _IN_INIT, _IN_TORCH, _IN_USER, _BORDER = range(5)
-_kinds: dict[CodeType, int] = {}
 
 
-class RawSite(NamedTuple):
-    """A site as it is noted on the hot path."""
+class Sites:
+    """The sites of one trace, each a single object however many ops come from it."""
 
-    lines: tuple[tuple[CodeType, int], ...]
-    init: str | None
-    init_args: tuple[tuple[str, Any], ...]
+    def __init__(self) -> None:
+        self._kinds: dict[int, tuple[int, CodeType]] = {}  # by id, as hashing a code object takes long; the object keeps its id
+        self._known: dict[tuple[Any, ...], Site] = {}
 
+    def capture(self) -> Site:
+        """The site of the op being recorded, from the calling frames."""
+        kinds, key, frames = self._kinds, [], []
+        init: str | None = None
+        init_args: tuple[tuple[str, Any], ...] = ()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            known = kinds.get(id(code))
+            kind = known[0] if known is not None else self._kind_of(code)
+            if kind != _SKIP:
+                if kind == _BORDER:
+                    break
+                if kind == _IN_INIT:
+                    init, init_args = code.co_name, _arguments(frame)
+                elif kind == _IN_TORCH or code.co_name != init:  # a wrapper that is called like the init function is no news
+                    key += (id(code), frame.f_lasti)
+                    frames.append(frame)
+                    if kind == _IN_USER:
+                        break
+            frame = frame.f_back
+        whole = (init, init_args, *[type(value) for _, value in init_args], *key)  # as 1 == 1.0 == True
+        site = self._known.get(whole)
+        if site is None:
+            site = self._known[whole] = Site(tuple(map(_spelled, frames)), init, init_args)
+        return site
 
-def _kind(code: CodeType) -> int:
-    kind = _kinds.get(code)
-    if kind is None:
-        kind = _kinds[code] = _classify(code)
-    return kind
+    def _kind_of(self, code: CodeType) -> int:
+        kind = _classify(code)
+        self._kinds[id(code)] = kind, code
+        return kind
 
 
 def _classify(code: CodeType) -> int:
@@ -59,39 +83,23 @@ def _classify(code: CodeType) -> int:
     return _IN_USER
 
 
-def capture() -> RawSite:
-    """The site of the op being recorded, from the calling frames."""
-    frame: FrameType | None = sys._getframe(2)
-    lines: list[tuple[CodeType, int]] = []
-    init: str | None = None
-    init_args: tuple[tuple[str, Any], ...] = ()
-    users = 0
-    while frame is not None and users < _USER_FRAMES:
-        code = frame.f_code
-        kind = _kind(code)
-        if kind == _BORDER:
-            break
-        if kind == _IN_INIT:
-            init, init_args = code.co_name, _arguments(frame)
-        elif kind == _IN_TORCH:
-            lines.append((code, frame.f_lineno))
-        elif kind == _IN_USER and code.co_name != init:  # a wrapper that is called like the init function is no news
-            lines.append((code, frame.f_lineno))
-            users += 1
-        frame = frame.f_back
-    return RawSite(tuple(lines), init, init_args)
-
-
 def _arguments(frame: FrameType) -> tuple[tuple[str, Any], ...]:
     """The init function's arguments that differ from their defaults, tensors and generators left out."""
-    code, values = frame.f_code, frame.f_locals
-    defaults = _defaults(code.co_name)
-    missing = object()
+    values = frame.f_locals
     return tuple(
-        (name, values[name])
-        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        if isinstance(values.get(name), (int, float, str, bool)) and values[name] != defaults.get(name, missing)
+        [
+            (name, values[name])
+            for name, default in _parameters(frame.f_code)
+            if isinstance(values.get(name), (int, float, str, bool)) and values[name] != default
+        ]
     )
+
+
+@cache
+def _parameters(code: CodeType) -> tuple[tuple[str, Any], ...]:
+    """The parameters of an init function with their defaults; one without a default has an object equal to nothing."""
+    defaults = _defaults(code.co_name)
+    return tuple((name, defaults.get(name, object())) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 @cache
@@ -103,10 +111,9 @@ def _defaults(init: str) -> Mapping[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def spell(raw: RawSite) -> Site:
-    """The site as the graph keeps it, with file names short enough to read and the same on every machine."""
-    frames = tuple(Frame(_short(code.co_filename), line, code.co_name) for code, line in raw.lines)
-    return Site(frames, raw.init, raw.init_args)
+def _spelled(frame: FrameType) -> Frame:
+    """The frame as the graph keeps it: a file name short enough to read and the same on every machine."""
+    return Frame(_short(frame.f_code.co_filename), frame.f_lineno, frame.f_code.co_name)
 
 
 @cache
@@ -119,5 +126,4 @@ def _short(file: str) -> str:
 
 def here() -> Frame | None:
     """The constructor's line that is running now."""
-    raw = capture()
-    return spell(raw).line
+    return Sites().capture().line

@@ -79,8 +79,10 @@ class Streams:
     def position(self, generator: torch.Generator | None, device: torch.device) -> StreamPosition:
         """Where the op that is about to draw starts."""
         source = generator or self.default_generator(device)
-        self.start(source, device)
         known = self._known.get(source.initial_seed())
+        if known is None:
+            self.start(source, device)
+            known = self._known.get(source.initial_seed())
         if known is not None:
             _check_untouched(source)
             return known

@@ -31,10 +31,10 @@ from .arguments import (
 )
 from .errors import TraceError
 from .graph import Op, Storage, View
-from .ledger import Ledger, bytes_of
+from .ledger import Entry, Ledger, bytes_of
 from .liveness import mark_liveness
 from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
-from .sites import here, spell
+from .sites import here
 from .streams import generators_kept
 from .traced import META, Hooks, Traced, hooks, meta_over, wrap
 from .values import Values
@@ -52,7 +52,8 @@ class Tape(TorchDispatchMode):
         self.ledger = Ledger()
         self.values = Values(self.ledger, states)
         self._valid: set[Any] = set()
-        self._handlers: dict[Kind, Callable[..., Any]] = {
+        self._handlers: dict[Any, Callable[..., Any]] = {_DEVICE: self._ask_device}
+        self._by_kind: dict[Kind, Callable[..., Any]] = {
             Kind.EMPTY: self._empty,
             Kind.FILL: self._fill,
             Kind.COPY: self._general,
@@ -79,12 +80,15 @@ class Tape(TorchDispatchMode):
             hooks.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind is not Traced and _has_own_rules(kind) for kind in types):
-            return NotImplemented  # a subclass such as DTensor: it calls us for what it is made of
-        if func is _DEVICE:
-            return args[0].device
-        self.values.sync()
-        return self._handlers[kind_of(func)](func, args, kwargs or {})
+        for kind in types:
+            if kind is not Traced and _has_own_rules(kind):
+                return NotImplemented  # a subclass such as DTensor: it calls us for what it is made of
+        handler = self._handlers.get(func)
+        if handler is None:
+            handler = self._handlers[func] = self._by_kind[kind_of(func)]
+        if self.values.watches:
+            self.values.sync()
+        return handler(func, args, kwargs or {})
 
     def finish(self, named: Iterable[int]) -> tuple[tuple[Op, ...], tuple[Storage, ...]]:
         """The finished tape; `named` are the storages of the module's own tensors."""
@@ -92,10 +96,11 @@ class Tape(TorchDispatchMode):
         kept = set(named)
         entries, records = self.ledger.entries, self.ledger.records
         held = {record.index for record in records if record.constant is None and record.is_referenced} - kept
-        live, unread = mark_liveness(entries, records, kept | held)
-        sites = {entry.site: spell(entry.site) for entry in entries}
-        ops = tuple(entry.finished(sites[entry.site], live[entry.index], unread[entry.index]) for entry in entries)
-        return ops, tuple(record.finished(record.index in held) for record in records)
+        sizes = [record.nbytes for record in records]
+        exposed = {record.index for record in records if record.exposed}
+        live, unread = mark_liveness(entries, sizes, exposed, kept | held)
+        ops = tuple(map(Entry.finished, entries, live, unread))
+        return ops, tuple([record.finished(sizes[record.index], record.index in held) for record in records])
 
     # -- storages without values, and fills -----------------------------------------------------------------------------
 
@@ -104,38 +109,38 @@ class Tape(TorchDispatchMode):
         if device.type == "meta":
             return func(*args, **kwargs)
         rest = args if func is aten.empty.memory_format else mapped(args, self.ledger.twin)
-        twin = func(*rest, **on_meta(kwargs) | {"device": META})
+        twin = func(*rest, **{**kwargs, "device": META, "pin_memory": False})
         self.ledger.adopt(twin, device)
         return wrap(twin, device)
 
     def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
         target = args[0]
-        if is_plain_meta(target):
-            return func(*args, **kwargs)
-        self._borrow(target)
-        twin = self.ledger.twin(target)
-        self._check_fill(func, twin, args[1:], kwargs)
-        view = self.ledger.view_of_twin(twin)
-        generator = kwargs.get("generator")
+        if not isinstance(target, Traced):
+            if target.is_meta:
+                return func(*args, **kwargs)
+            self.values.borrow(target)
+        view = self.ledger.view(target)
+        rest = args[1:]
+        overlaps = 0 in view.stride and torch._debug_has_internal_overlap(self.ledger.twin(target)) == 1
+        self._check_fill(func, view.dtype, overlaps, rest, kwargs)
         self.ledger.write_down(
             func,
-            (view, *args[1:]),
+            (view, *rest),
             frozen_kwargs(kwargs, self.ledger.view),
             writes=(view,),
             overwrites=True,
-            generator=generator,
+            generator=kwargs.get("generator"),
             device=target.device,
         )
         self.values.refresh((view,))
         return target
 
-    def _check_fill(self, func: Any, twin: torch.Tensor, args: Any, kwargs: Any) -> None:
+    def _check_fill(self, func: Any, dtype: torch.dtype, overlaps: bool, args: Any, kwargs: Any) -> None:
         """Raise what the real operator raises for these scalars and this dtype, by calling it on one element."""
-        overlaps = torch._debug_has_internal_overlap(twin) == 1
-        key = (func, twin.dtype, args, tuple(kwargs), overlaps)
+        key = (func, dtype, args, tuple(kwargs), overlaps)
         if key in self._valid:
             return
-        sample = torch.empty(1, dtype=twin.dtype, device="cpu").expand(2 if overlaps else 1)
+        sample = torch.empty(1, dtype=dtype, device="cpu").expand(2 if overlaps else 1)
         func(sample, *args, **kwargs | ({"generator": torch.Generator("cpu")} if is_random(func) else {}))
         self._valid.add(key)
 
@@ -217,6 +222,9 @@ class Tape(TorchDispatchMode):
         if isinstance(value, torch.UntypedStorage) and value.device.type != "meta":
             return self.ledger.outside(value).handle
         return value
+
+    def _ask_device(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return args[0].device
 
     def _ask_geometry(self, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*mapped(args, self.ledger.twin), **mapped_kwargs(kwargs, self.ledger.twin))

@@ -206,9 +206,8 @@ def public_type(tensor: torch.Tensor) -> str:
     """The name of the class that eager would show for this tensor."""
     kind = type(tensor)
     if kind is Traced:
-        if getattr(tensor, "_is_buffer", False):
-            return "Buffer"
-        return "Parameter" if isinstance(tensor, torch.nn.Parameter) else "Tensor"
+        marks = tensor.__dict__
+        return "Parameter" if marks.get("_is_param") else "Buffer" if marks.get("_is_buffer") else "Tensor"
     return next(base.__name__ for base in kind.__mro__ if not issubclass(base, Traced))
 
 

@@ -42,6 +42,11 @@ class Values:
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._cache: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
+    @property
+    def watches(self) -> bool:
+        """Whether Python holds memory that stands for a storage."""
+        return bool(self._watched)
+
     @contextmanager
     def real(self, views: Iterable[View]) -> Iterator[Replay]:
         """The storages behind `views`, replayed; meanwhile nothing is recorded."""
