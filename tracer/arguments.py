@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,11 +81,11 @@ def written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tenso
     return found
 
 
-def operands(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors that the call merely reads: all but those it writes in place."""
+def operands(func: Any, args: Any, kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of the call's `tensors` that it merely reads: all but those it writes in place."""
     mutated = mutated_arguments(func)
     if not mutated:
-        return list(tensors_in(args, kwargs))
+        return tensors
     positions, names = {position for position, _ in mutated}, {name for _, name in mutated}
     rest = [value for position, value in enumerate(args) if position not in positions]
     return list(tensors_in(rest, {name: value for name, value in kwargs.items() if name not in names}))
@@ -96,11 +96,12 @@ def is_plain_meta(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, Traced) and tensor.is_meta
 
 
-def result_device(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
+def result_device(tensors: Iterable[torch.Tensor], kwargs: Mapping[str, Any]) -> torch.device:
     """The device on which eager puts the result: the one asked for, or the operands' (scalars on the CPU adapt to them)."""
-    if kwargs.get("device") is not None:
-        return _with_index(torch.device(kwargs["device"]))
-    devices = [(each.device, each.dim()) for each in tensors_in(args, kwargs)]
+    asked = kwargs.get("device")
+    if asked is not None:
+        return _with_index(asked if isinstance(asked, torch.device) else torch.device(asked))
+    devices = [(each.device, each.dim()) for each in tensors]
     if not devices:
         return torch.device("cpu")
     return next((device for device, dim in devices if dim and device.type != "cpu"), devices[0][0])

@@ -11,7 +11,7 @@ from .digraph import covers, overwrites_all, owner_name
 from .errors import GraphError
 from .graph import Op, ParamGraph, View
 
-DIGRAPH_LIMIT = 2_000
+DIGRAPH_LIMIT = 200
 """The digraph is built and checked for graphs of fewer ops than this; the rest of the check is fast at any size."""
 
 

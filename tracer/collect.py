@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -18,15 +17,8 @@ from .traced import public_type
 _INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 
+_Names = dict[int, tuple[str, ...]]  # every name of an object, by its id
 _Member = tuple[str, torch.Tensor, bool]  # its name in the module, the tensor, whether it is part of the state dict
-
-
-@dataclass(slots=True)
-class _Found:
-    tensor: torch.Tensor
-    kind: Kind
-    persistent: bool
-    names: list[str] = field(default_factory=list)
 
 
 def roots_of(built: Any) -> dict[str, nn.Module]:
@@ -49,41 +41,44 @@ def roots_of(built: Any) -> dict[str, nn.Module]:
 
 def collect(built: Any, ledger: Ledger) -> tuple[tuple[ModuleNode, ...], tuple[TensorNode, ...]]:
     """The modules and tensors of what the constructor returned, in `named_modules` order."""
-    modules: dict[int, tuple[nn.Module, list[str]]] = {}
+    modules: dict[int, nn.Module] = {}
+    names: _Names = {}
     for prefix, root in roots_of(built).items():
-        _walk(root, prefix, modules)
-    tensors = _tensors(modules)
-    return (
-        tuple([ModuleNode(tuple(names), type(module).__name__, module.training) for module, names in modules.values()]),
-        tuple([_node(found, ledger) for found in tensors]),
-    )
+        _walk(root, prefix, modules, names)
+    nodes = [ModuleNode(names[key], type(module).__name__, module.training) for key, module in modules.items()]
+    return tuple(nodes), tuple(_tensors(modules, names, ledger))
 
 
-def _walk(module: nn.Module, name: str, found: dict[int, tuple[nn.Module, list[str]]]) -> None:
+def _walk(module: nn.Module, name: str, modules: dict[int, nn.Module], names: _Names) -> None:
     """Every module with all its names: those of a shared one's children are given once per name of its own."""
-    entry = found.setdefault(id(module), (module, []))
-    entry[1].append(name)
+    key = id(module)
+    modules[key] = module
+    names[key] = (*names.get(key, ()), name)
     for child, member in module._modules.items():
         if member is not None:
-            _walk(member, _joined(name, child), found)
+            _walk(member, _joined(name, child), modules, names)
 
 
 def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _tensors(modules: Mapping[int, tuple[nn.Module, list[str]]]) -> Iterable[_Found]:
+def _tensors(modules: Mapping[int, nn.Module], owners: _Names, ledger: Ledger) -> list[TensorNode]:
     """Parameters first, then buffers, then other tensors; one that is several of these counts as the first."""
-    found: dict[int, _Found] = {}
+    names: _Names = {}
+    found: list[tuple[torch.Tensor, Kind, bool]] = []
+    seen: set[int] = set()
     for kind, members in _MEMBERS.items():
-        for module, names in modules.values():
+        first = len(found)
+        for key, module in modules.items():
             for name, tensor, persistent in members(module):
-                entry = found.get(id(tensor))
-                if entry is None:
-                    entry = found[id(tensor)] = _Found(tensor, kind, persistent)
-                if entry.kind == kind:
-                    entry.names.extend([_joined(prefix, name) for prefix in names])
-    return found.values()
+                if id(tensor) in seen:
+                    continue
+                if id(tensor) not in names:
+                    found.append((tensor, kind, persistent))
+                names[id(tensor)] = names.get(id(tensor), ()) + tuple([_joined(prefix, name) for prefix in owners[key]])
+        seen.update([id(tensor) for tensor, _, _ in found[first:]])
+    return [_node(tensor, kind, persistent, names[id(tensor)], ledger) for tensor, kind, persistent in found]
 
 
 def _parameters(module: nn.Module) -> Iterable[_Member]:
@@ -100,7 +95,7 @@ def _buffers(module: nn.Module) -> Iterable[_Member]:
 def _attributes(module: nn.Module) -> Iterable[_Member]:
     found: list[_Member] = []
     for name, value in module.__dict__.items():
-        if _may_hold(type(value)) and name not in _INTERNAL:
+        if _may_hold(type(value)) and name not in _INTERNAL and (isinstance(value, torch.Tensor) or len(value)):
             found.extend([(path, each, True) for path, each in _inside(name, value, 0)])
     return found
 
@@ -129,17 +124,9 @@ def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.Tens
             yield from _inside(f"{path}[{key!r}]", each, depth + 1)
 
 
-def _node(found: _Found, ledger: Ledger) -> TensorNode:
-    tensor = found.tensor
-    return TensorNode(
-        tuple(dict.fromkeys(found.names)) if len(found.names) > 1 else (found.names[0],),
-        found.kind,
-        ledger.view(tensor),
-        tensor.requires_grad,
-        found.persistent,
-        _grad_fn(tensor),
-        public_type(tensor),
-    )
+def _node(tensor: torch.Tensor, kind: Kind, persistent: bool, names: tuple[str, ...], ledger: Ledger) -> TensorNode:
+    names = tuple(dict.fromkeys(names)) if len(names) > 1 else names
+    return TensorNode(names, kind, ledger.view(tensor), tensor.requires_grad, persistent, _grad_fn(tensor), public_type(tensor))
 
 
 def _grad_fn(tensor: torch.Tensor) -> str | None:

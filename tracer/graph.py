@@ -165,7 +165,9 @@ class Op:
     @property
     def targets(self) -> tuple[View, ...]:
         """Every view whose values it makes: written in place, or created."""
-        return self.writes + tuple(view for view in self.outputs if view is not None)
+        if not self.outputs:
+            return self.writes
+        return self.writes + tuple([view for view in self.outputs if view is not None])
 
     def describe(self) -> str:
         """The call in the field's own words: the init function if one was called, else the operator.

@@ -6,10 +6,11 @@ Storages are known by the key of the meta storage that stands for them; a storag
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,10 +26,10 @@ _COPIED_BYTES = 2**20
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """An op while it is recorded; see `Op` for the fields. `sensed`: the constructor looked at what it reads."""
+    """An op while it is recorded: the fields of `Op`, in its order. `live` is set where the constructor looked at what it reads."""
 
     index: int
-    func: Any
+    name: str
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     reads: tuple[View, ...]
@@ -37,26 +38,34 @@ class Entry:
     overwrites: bool
     site: Site
     position: StreamPosition | None
-    sensed: bool
+    live: bool
+    unread: bool
+    func: Any
     default_dtype: torch.dtype
-    targets: tuple[View, ...]
+
+    targets = Op.targets  # type: ignore[misc]  # it looks at fields that both have
 
     def finished(self, live: bool, unread: bool) -> Op:
-        """The op as the graph keeps it."""
-        made = (self.args, self.kwargs, self.reads, self.writes, self.outputs, self.overwrites)
-        return Op(self.index, _name(self.func), *made, self.site, self.position, live, unread, self.func, self.default_dtype)
+        """The op as the graph keeps it: this same object, frozen. Half of a large graph would otherwise be made twice."""
+        self.live, self.unread = live, unread
+        self.__class__ = Op  # type: ignore[assignment]  # the fields are laid out alike
+        return cast(Op, self)
 
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """A storage while it is recorded. `handle` is the meta storage that stands for it, and keeps its key unique."""
+    """A storage while it is recorded. `handle` is the meta storage that stands for it, and keeps its key unique.
+
+    `seen` is the view of it that was written down last: the next one is mostly the same.
+    """
 
     index: int
     handle: torch.UntypedStorage
     device: torch.device
     constant: Constant | None = None
     exposed: bool = False
-    writers: list[int] = field(default_factory=list)
+    seen: View | None = None
+    writers: array[int] = field(default_factory=lambda: array("q"))  # unlike a list, none of the garbage collector's business
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +94,7 @@ class Ledger:
         self.records: list[Record] = []
         self.streams = Streams()
         self.sites = Sites()
-        self._indices: dict[int, int] = {}
+        self._by_key: dict[int, Record] = {}
         self._outside: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     # -- storages -------------------------------------------------------------------------------------------------------
@@ -95,7 +104,7 @@ class Ledger:
         storage = twin.untyped_storage()
         record = Record(len(self.records), storage, device, constant)
         self.records.append(record)
-        self._indices[storage._cdata] = record.index
+        self._by_key[storage._cdata] = record
         return record
 
     def adopt_constant(self, memory: torch.Tensor, like: torch.Tensor, device: torch.device) -> Record:
@@ -120,18 +129,15 @@ class Ledger:
         """Whether it is a real tensor that has been used before."""
         return not isinstance(tensor, Traced) and not tensor.is_meta and tensor.untyped_storage()._cdata in self._outside
 
-    def knows(self, twin: torch.Tensor) -> bool:
-        """Whether the storage of a meta tensor has been entered."""
-        return twin.untyped_storage()._cdata in self._indices
+    def record_of(self, twin: torch.Tensor) -> Record | None:
+        """The record of a meta tensor's storage, if it has been entered."""
+        return self._by_key.get(twin.untyped_storage()._cdata)
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The meta tensor that stands for `tensor`; the user's own meta tensors stand for themselves."""
         if isinstance(tensor, Traced):
-            if not self.knows(tensor._twin):
-                raise TraceError(
-                    f"a tensor of shape {tuple(tensor.shape)} that an earlier trace made was used in this one: the constructor "
-                    "kept it in a global, a cache or a default argument. Clear that cache, or create the tensor outside the trace"
-                )
+            if self.record_of(tensor._twin) is None:
+                raise _from_earlier(tensor)
             return tensor._twin
         if tensor.is_meta:
             return tensor
@@ -139,14 +145,16 @@ class Ledger:
 
     def view(self, tensor: torch.Tensor) -> View:
         """`tensor` as the tape writes it down; one that the user made on the meta device has a storage without contents."""
-        twin = self.twin(tensor)
-        if twin is tensor and not self.knows(twin):
-            self.adopt(twin, META)
-        return view_of(twin, self._indices[twin.untyped_storage()._cdata])
-
-    def view_of_twin(self, twin: torch.Tensor) -> View:
-        """A meta tensor over an entered storage, as the tape writes it down."""
-        return view_of(twin, self._indices[twin.untyped_storage()._cdata])
+        twin = tensor._twin if isinstance(tensor, Traced) else self.twin(tensor)
+        record = self.record_of(twin)
+        if record is None:
+            if twin is not tensor:
+                raise _from_earlier(tensor)
+            record = self.adopt(twin, META)
+        view = view_of(twin, record.index)
+        if record.seen is None or view != record.seen:
+            record.seen = view
+        return record.seen
 
     def twin_of_view(self, view: View) -> torch.Tensor:
         """The meta tensor that a view stands for."""
@@ -173,13 +181,19 @@ class Ledger:
         index, position = len(self.entries), None
         if _draws(func):
             stream = generator.device if generator is not None else device
-            position = self.streams.position(generator, stream)
-            self.streams.advance(generator, stream, index)
-        targets = writes + tuple([view for view in outputs if view is not None]) if outputs else writes
-        made = (index, func, args, kwargs, reads, writes, outputs, overwrites)
-        self.entries.append(Entry(*made, self.sites.capture(), position, sensed, torch.get_default_dtype(), targets))
-        for view in targets:
+            position = self.streams.take(generator, stream, index)
+        call = (index, _name(func), args, kwargs, reads, writes, outputs, overwrites)
+        entry = Entry(*call, self.sites.capture(), position, sensed, False, func, torch.get_default_dtype())
+        self.entries.append(entry)
+        for view in entry.targets:
             self.records[view.storage].writers.append(index)
+
+
+def _from_earlier(tensor: torch.Tensor) -> TraceError:
+    return TraceError(
+        f"a tensor of shape {tuple(tensor.shape)} that an earlier trace made was used in this one: the constructor "
+        "kept it in a global, a cache or a default argument. Clear that cache, or create the tensor outside the trace"
+    )
 
 
 def host_write(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

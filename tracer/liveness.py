@@ -118,7 +118,7 @@ def mark_liveness(
 
     `live` follows reads from live ops only. `unread` holds for a fill or a clone whose values no later call looks at before they
     are overwritten or dropped, not even a dead one: the constructor's second run may leave it out without any call noticing.
-    `exposed` storages are looked at behind torch's back, at any time.
+    An entry that is live already stays so. `exposed` storages are looked at behind torch's back, at any time.
     """
     sizes = dict(enumerate(nbytes))
     needed = {*kept, *exposed}
@@ -126,7 +126,7 @@ def mark_liveness(
     live, unread = [False] * len(entries), [False] * len(entries)
     for entry in reversed(entries):
         reaches = [view.storage for view in entry.targets if 0 not in view.size]
-        is_live = live[entry.index] = entry.sensed or not needed.isdisjoint(reaches)
+        is_live = live[entry.index] = entry.live or not needed.isdisjoint(reaches)
         is_read = not may_be_left_out(entry.func) or not looked_at.isdisjoint(reaches)
         unread[entry.index] = not is_read
         if not is_live and not is_read:

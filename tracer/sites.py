@@ -38,7 +38,9 @@ class Sites:
 
     def capture(self) -> Site:
         """The site of the op being recorded, from the calling frames."""
-        kinds, key, frames = self._kinds, [], []
+        kinds = self._kinds
+        key: list[int] = []
+        frames: list[FrameType] = []
         init: str | None = None
         init_args: tuple[tuple[str, Any], ...] = ()
         frame: FrameType | None = sys._getframe(1)

@@ -9,9 +9,12 @@ Generators arrive at the dispatcher in fresh wrappers; their state is the only i
 
 from __future__ import annotations
 
+import ctypes
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -76,15 +79,22 @@ class Streams:
             return torch.cuda.default_generators[device.index or torch.cuda.current_device()]
         return self._imagined.setdefault(str(device), ImaginedGenerator())
 
-    def position(self, generator: torch.Generator | None, device: torch.device) -> StreamPosition:
-        """Where the op that is about to draw starts."""
+    def take(self, generator: torch.Generator | None, device: torch.device, op: int) -> StreamPosition:
+        """Where op number `op`, which is about to draw, starts; the generator is left in a state that says that it has drawn."""
         source = generator or self.default_generator(device)
-        known = self._known.get(source.initial_seed())
-        if known is None:
-            self.start(source, device)
-            known = self._known.get(source.initial_seed())
-        if known is not None:
+        position = self._known.get(source.initial_seed())
+        if position is None:
+            position = self._unknown(source, generator, device)
+        else:
             _check_untouched(source)
+        self._mark(source, StreamPosition("after", op, None, None, _name(device)))
+        return position
+
+    def _unknown(self, source: Any, generator: torch.Generator | None, device: torch.device) -> StreamPosition:
+        """The position of a generator that is in none of our states: its first, or one that the constructor set."""
+        self.start(source, device)
+        known = self._known.get(source.initial_seed())
+        if known is not None:
             return known
         if generator is not None:
             self._private.append((generator, generator.get_state()))
@@ -97,34 +107,30 @@ class Streams:
             self._started.add(name)
             self._mark(source, StreamPosition("ambient", device=name))
 
-    def advance(self, generator: torch.Generator | None, device: torch.device, op: int) -> None:
-        """Leave the generator in a state that says: op number `op` has drawn."""
-        self._mark(generator or self.default_generator(device), StreamPosition("after", op, device=_name(device)))
-
     def _mark(self, source: torch.Generator | ImaginedGenerator, position: StreamPosition) -> None:
         self._next += 1
         self._known[self._next] = position
         source.manual_seed(self._next)
 
 
-# Bytes of a CPU generator's state that say how far it has come since it was seeded.
-_PLACE = slice(8, 24)
-_UNTOUCHED = bytes(torch.Generator().manual_seed(0).get_state()[_PLACE].tolist())
+# The bytes of a CPU generator's state that say how far it has come since it was seeded: where they start, and what they are then.
+_PLACE = 8
+_UNTOUCHED = bytes(torch.Generator().manual_seed(0).get_state()[_PLACE : _PLACE + 16].tolist())
 
 
 def _check_untouched(source: torch.Generator | ImaginedGenerator) -> None:
     """A generator in a fingerprint state has drawn nothing since; otherwise the trace does not see everything that draws."""
     if isinstance(source, ImaginedGenerator) or source.device.type != "cpu":
         return
-    with torch._C._DisableTorchDispatch():
-        place = source.get_state().numpy()[_PLACE].tobytes()
-    if place != _UNTOUCHED:
+    state = source.get_state()
+    if ctypes.string_at(state.data_ptr() + _PLACE, len(_UNTOUCHED)) != _UNTOUCHED:
         raise TraceError(
             "random numbers were drawn where the trace does not see it: in another thread, or by compiled code. Draw them in the "
             "constructor's own thread, or pass the finished tensors in from outside"
         )
 
 
+@cache
 def _name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else str(device)
 

@@ -36,7 +36,7 @@ from .liveness import mark_liveness
 from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
 from .sites import here
 from .streams import generators_kept
-from .traced import META, Hooks, Traced, hooks, meta_over, wrap
+from .traced import META, Hooks, Traced, hooks, meta_over, view_of, wrap
 from .values import Values
 
 _DEVICE = torch.ops.prim.device.default
@@ -72,7 +72,7 @@ class Tape(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """The time during which calls are recorded, and traced tensors answer for their values."""
-        hooks.append(Hooks(self.values.read, self.copy_storage))
+        hooks.append(Hooks(self.values.read, self.clone, self.copy_storage))
         try:
             with self:
                 yield
@@ -105,7 +105,7 @@ class Tape(TorchDispatchMode):
     # -- storages without values, and fills -----------------------------------------------------------------------------
 
     def _empty(self, func: Any, args: Any, kwargs: Any) -> Any:
-        device = result_device(args, kwargs)
+        device = result_device(tensors_in(args, kwargs), kwargs)
         if device.type == "meta":
             return func(*args, **kwargs)
         rest = args if func is aten.empty.memory_format else mapped(args, self.ledger.twin)
@@ -132,7 +132,8 @@ class Tape(TorchDispatchMode):
             generator=kwargs.get("generator"),
             device=target.device,
         )
-        self.values.refresh((view,))
+        if self.values.watches:
+            self.values.refresh((view,))
         return target
 
     def _check_fill(self, func: Any, dtype: torch.dtype, overlaps: bool, args: Any, kwargs: Any) -> None:
@@ -176,6 +177,15 @@ class Tape(TorchDispatchMode):
         if not isinstance(target, Traced):
             self.values.borrow(target)
 
+    def clone(self, tensor: Traced) -> Traced:
+        """What `copy.deepcopy` does to a parameter: `tensor.data.clone()`, without the way through the dispatcher."""
+        with torch._C._DisableTorchDispatch():
+            twin = tensor._twin.detach().clone(memory_format=torch.preserve_format)
+        source, copy = self.ledger.view(tensor), self.ledger.adopt(twin, tensor.device)
+        kwargs = (("memory_format", torch.preserve_format),)
+        self.ledger.write_down(aten.clone.default, (source,), kwargs, reads=(source,), outputs=(view_of(twin, copy.index),))
+        return wrap(twin, tensor.device)
+
     def copy_storage(self, tensor: Traced) -> torch.Tensor:
         """What `copy.deepcopy` does to a plain tensor: its whole storage is copied, and the same view taken of the copy."""
         source = self.ledger.records[self.ledger.view(tensor).storage]
@@ -197,7 +207,7 @@ class Tape(TorchDispatchMode):
         first = next(tensors_in((out,), {}), None)
         if first is twin:
             return source
-        if first is not None and not self.ledger.knows(first):  # a view that turned out to need a copy
+        if first is not None and self.ledger.record_of(first) is None:  # a view that turned out to need a copy
             return self._general(func, args, kwargs)
         return mapped(out, lambda each: wrap(each, source.device))
 
@@ -210,7 +220,7 @@ class Tape(TorchDispatchMode):
         twin = self.ledger.twin(target)
         rest = [self._source(value) for value in args[1:]]
         func(twin, *rest, **on_meta({name: self._source(value) for name, value in kwargs.items()}))
-        if not self.ledger.knows(twin):
+        if self.ledger.record_of(twin) is None:
             self.ledger.adopt(twin, target.device)
         target._mirror(wrap(twin.detach(), target.device))
         return target
@@ -249,23 +259,27 @@ class Tape(TorchDispatchMode):
 
     def _general(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(args, kwargs))
-        device = result_device(args, kwargs)
-        if device.type == "meta" or any(is_plain_meta(each) for each in tensors):
+        device = result_device(tensors, kwargs)
+        if device.type == "meta" or any([is_plain_meta(each) for each in tensors]):
             return func(*mapped(args, _meta_twin), **mapped_kwargs(kwargs, _meta_twin))
-        view = self.ledger.view
-        reads = () if reads_geometry_only(func) else tuple(view(each) for each in operands(func, args, kwargs))
         changed = written(func, args, kwargs)
         for each in changed:
             self._borrow(each)
-        writes = tuple(view(each) for each in changed)
-        recorded = frozen(args, view), frozen_kwargs(kwargs, view)
+        views = {id(each): self.ledger.view(each) for each in tensors}
+
+        def view(tensor: torch.Tensor) -> View:
+            return views[id(tensor)]
+
+        reads = () if reads_geometry_only(func) else tuple([view(each) for each in operands(func, args, kwargs, tensors)])
+        writes = tuple([view(each) for each in changed])
         twins = {id(each): self.ledger.twin(each) for each in tensors}
         out = self._result_geometry(func, args, kwargs, twins, reads + writes)
         originals = {id(twins[id(each)]): each for each in tensors}
         result, outputs = self._received(out, originals, device)
         self.ledger.write_down(
             func,
-            *recorded,
+            frozen(args, view),
+            frozen_kwargs(kwargs, view),
             reads=reads,
             writes=writes,
             outputs=outputs,
@@ -274,7 +288,8 @@ class Tape(TorchDispatchMode):
             device=device,
             sensed=not writes and not any(outputs),
         )
-        self.values.refresh(writes)
+        if self.values.watches:
+            self.values.refresh(writes)
         return result
 
     def _received(
@@ -286,11 +301,11 @@ class Tape(TorchDispatchMode):
         def receive(twin: torch.Tensor) -> torch.Tensor:
             _check_strided(twin)
             original = originals.get(id(twin))
-            if original is not None or self.ledger.knows(twin):
+            if original is not None or self.ledger.record_of(twin) is not None:
                 outputs.append(None)
                 return wrap(twin.detach(), device) if original is None else original
-            self.ledger.adopt(twin, device)
-            outputs.append(self.ledger.view_of_twin(twin))
+            record = self.ledger.adopt(twin, device)
+            outputs.append(view_of(twin, record.index))
             return wrap(twin, device)
 
         return mapped(out, receive), tuple(outputs)

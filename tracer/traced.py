@@ -20,9 +20,10 @@ META = torch.device("meta")
 
 
 class Hooks(NamedTuple):
-    """What a traced tensor asks the tape for: its values (and whether the memory is handed out), a copy of its storage."""
+    """What a traced tensor asks the tape for: its values (and whether the memory is handed out), copies of it and of its storage."""
 
     read: Callable[[Traced, bool], torch.Tensor]
+    clone: Callable[[Traced], Traced]
     clone_storage: Callable[[Traced], torch.Tensor]
 
 
@@ -146,7 +147,7 @@ class Traced(torch.Tensor):
     def _copied(self, memo: dict[int, Any]) -> torch.Tensor:
         """The same as `Parameter.__deepcopy__` and `Tensor.__deepcopy__`: a parameter clones its view, a tensor its storage."""
         if isinstance(self, torch.nn.Parameter):
-            cloned = self.data.clone(memory_format=torch.preserve_format)
+            cloned = hooks[-1].clone(self)
             plain = type(self) is Traced
             return torch.nn.Parameter(cloned, self.requires_grad) if plain else type(self)._rewrap(cloned, self.requires_grad)
         result = hooks[-1].clone_storage(self)
@@ -159,6 +160,7 @@ class Traced(torch.Tensor):
         return rewrap(data, cls, requires_grad)
 
 
+_make_subclass = torch.Tensor._make_subclass
 _BASE_DATA: Any = torch.Tensor.__dict__.get("data") or torch._C.TensorBase.data
 _NOT_A_LEAF = (
     "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment.  "
@@ -169,7 +171,7 @@ _NOT_A_LEAF = (
 
 def wrap(twin: torch.Tensor, device: torch.device, cls: type[Traced] = Traced, requires_grad: bool = False) -> Traced:
     """A traced tensor over the meta tensor `twin`, reporting `device`; the two share a (memoryless) storage."""
-    traced: Traced = torch.Tensor._make_subclass(cls, twin, requires_grad, dispatch_device=True, device_for_backend_keys=device)
+    traced: Traced = _make_subclass(cls, twin, requires_grad, dispatch_device=True, device_for_backend_keys=device)
     traced._twin, traced._traced_device = twin, device
     return traced
 
@@ -213,4 +215,5 @@ def public_type(tensor: torch.Tensor) -> str:
 
 def view_of(twin: torch.Tensor, storage: int) -> View:
     """The view that the tape writes down for a meta (or outside) tensor."""
-    return View(storage, twin.dtype, tuple(twin.shape), twin.stride(), int(twin.storage_offset()), twin.is_conj(), twin.is_neg())
+    geometry = (storage, twin.dtype, tuple(twin.shape), twin.stride(), int(twin.storage_offset()), twin.is_conj(), twin.is_neg())
+    return tuple.__new__(View, geometry)  # half the time of View(*geometry), which would only count the fields
