@@ -22,6 +22,7 @@ from .streams import Streams
 from .traced import META, Traced, meta_over, view_of
 
 _COPIED_BYTES = 2**20
+_OWN_FRAMES = 4  # `capture`, `write_down`, and at least two more in all that calls it
 
 
 @dataclass(slots=True, eq=False)
@@ -183,7 +184,7 @@ class Ledger:
             stream = generator.device if generator is not None else device
             position = self.streams.take(generator, stream, index)
         call = (index, _name(func), args, kwargs, reads, writes, outputs, overwrites)
-        entry = Entry(*call, self.sites.capture(), position, sensed, False, func, torch.get_default_dtype())
+        entry = Entry(*call, self.sites.capture(_OWN_FRAMES), position, sensed, False, func, torch.get_default_dtype())
         self.entries.append(entry)
         for view in entry.targets:
             self.records[view.storage].writers.append(index)

@@ -36,14 +36,14 @@ class Sites:
         self._kinds: dict[int, tuple[int, CodeType]] = {}  # by id, as hashing a code object takes long; the object keeps its id
         self._known: dict[tuple[Any, ...], Site] = {}
 
-    def capture(self) -> Site:
-        """The site of the op being recorded, from the calling frames."""
+    def capture(self, depth: int = 1) -> Site:
+        """The site of the op being recorded, from the calling frames; the innermost `depth` are known to be ours."""
         kinds = self._kinds
         key: list[int] = []
         frames: list[FrameType] = []
         init: str | None = None
         init_args: tuple[tuple[str, Any], ...] = ()
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(depth)
         while frame is not None:
             code = frame.f_code
             known = kinds.get(id(code))

@@ -22,6 +22,9 @@ from .errors import TraceError
 from .graph import StreamPosition
 
 
+_CPU = torch.default_generator
+
+
 class ImaginedGenerator:
     """Stands for the generator of a device that this machine does not have: a position, nothing else."""
 
@@ -73,7 +76,7 @@ class Streams:
     def default_generator(self, device: torch.device) -> torch.Generator | ImaginedGenerator:
         """The generator that an op on `device` draws from when it names none."""
         if device.type == "cpu":
-            return torch.default_generator
+            return _CPU
         if device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.init()
             return torch.cuda.default_generators[device.index or torch.cuda.current_device()]
@@ -81,7 +84,7 @@ class Streams:
 
     def take(self, generator: torch.Generator | None, device: torch.device, op: int) -> StreamPosition:
         """Where op number `op`, which is about to draw, starts; the generator is left in a state that says that it has drawn."""
-        source = generator or self.default_generator(device)
+        source = self.default_generator(device) if generator is None else generator
         position = self._known.get(source.initial_seed())
         if position is None:
             position = self._unknown(source, generator, device)
@@ -120,7 +123,7 @@ _UNTOUCHED = bytes(torch.Generator().manual_seed(0).get_state()[_PLACE : _PLACE 
 
 def _check_untouched(source: torch.Generator | ImaginedGenerator) -> None:
     """A generator in a fingerprint state has drawn nothing since; otherwise the trace does not see everything that draws."""
-    if isinstance(source, ImaginedGenerator) or source.device.type != "cpu":
+    if source is not _CPU and (isinstance(source, ImaginedGenerator) or source.device.type != "cpu"):
         return
     state = source.get_state()
     if ctypes.string_at(state.data_ptr() + _PLACE, len(_UNTOUCHED)) != _UNTOUCHED:

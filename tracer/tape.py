@@ -105,9 +105,11 @@ class Tape(TorchDispatchMode):
     # -- storages without values, and fills -----------------------------------------------------------------------------
 
     def _empty(self, func: Any, args: Any, kwargs: Any) -> Any:
-        device = result_device(tensors_in(args, kwargs), kwargs)
-        if device.type == "meta":
-            return func(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is None or device.type != "cpu":
+            device = result_device(tensors_in(args, kwargs), kwargs)
+            if device.type == "meta":
+                return func(*args, **kwargs)
         rest = args if func is aten.empty.memory_format else mapped(args, self.ledger.twin)
         twin = func(*rest, **{**kwargs, "device": META, "pin_memory": False})
         self.ledger.adopt(twin, device)
@@ -180,7 +182,7 @@ class Tape(TorchDispatchMode):
     def clone(self, tensor: Traced) -> Traced:
         """What `copy.deepcopy` does to a parameter: `tensor.data.clone()`, without the way through the dispatcher."""
         with torch._C._DisableTorchDispatch():
-            twin = tensor._twin.detach().clone(memory_format=torch.preserve_format)
+            twin = tensor._twin.clone(memory_format=torch.preserve_format)
         source, copy = self.ledger.view(tensor), self.ledger.adopt(twin, tensor.device)
         kwargs = (("memory_format", torch.preserve_format),)
         self.ledger.write_down(aten.clone.default, (source,), kwargs, reads=(source,), outputs=(view_of(twin, copy.index),))
