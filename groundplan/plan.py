@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,8 +40,7 @@ def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     >>> [(tensor.name, tensor.shape) for tensor in plan.graph]
     [('weight', (4, 3)), ('bias', (4,))]
     """
-    built = Build.trace(build, args, kwargs)
-    return Plan(default_decisions(built.graph, _name_of(build), built.bound_state), built)
+    return Plan(None, Build.trace(build, args, kwargs))
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,16 @@ class Plan:
     Made by `trace`; one made by `Plan.load` has decisions only, until `bind` gives it its constructor again.
     """
 
-    decisions: Decisions
+    _decided: Decisions | None = field(default=None, repr=False)
     _build: Build | None = field(default=None, repr=False)
+
+    @cached_property
+    def decisions(self) -> Decisions:
+        """What has been decided, as plain data; for a fresh trace, to build what the constructor builds, as it builds it."""
+        if self._decided is not None:
+            return self._decided
+        build = self._bound  # only now, as the graph's fingerprint takes a while that many a trace can do without
+        return default_decisions(build.graph, _name_of(build.function), build.bound_state)
 
     # -- looking --------------------------------------------------------------------------------------------------------
 
@@ -100,7 +108,7 @@ class Plan:
         >>> trace(torch.nn.Linear, 3, 4).cast(torch.bfloat16).materialize(seed=0).weight.dtype
         torch.bfloat16
         """
-        return replace(self, decisions=self.decisions.cast(dtype, self.graph))
+        return replace(self, _decided=self.decisions.cast(dtype, self.graph))
 
     def to(self, device: str | torch.device) -> Plan:
         """Put parameters and buffers on `device` (`cpu`, `cuda`, `cuda:N`): the same as `build().to(device)`.
@@ -108,7 +116,7 @@ class Plan:
         >>> trace(torch.nn.Linear, 3, 4).to("cpu").materialize(seed=0).weight.device
         device(type='cpu')
         """
-        return replace(self, decisions=self.decisions.to(device))
+        return replace(self, _decided=self.decisions.to(device))
 
     # -- keeping --------------------------------------------------------------------------------------------------------
 

@@ -19,15 +19,17 @@ _SHOWN = 8
 
 def check_devices(graph: ParamGraph, decisions: Decisions) -> None:
     """Raise `MaterializeError` where the constructor or a step wants a device that this machine does not have."""
-    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
-    for device in dict.fromkeys([*moves, *(storage.device for storage in graph.storages), graph.ambient.default_device]):
+    built_on = dict.fromkeys([graph.ambient.default_device, *(storage.device for storage in graph.storages)])
+    moved_to = dict.fromkeys(step.device for step in decisions.steps if isinstance(step, Move))
+    for device, who, way_out in (
+        *((device, "the constructor", "build on one that has, or give the constructor another device") for device in built_on),
+        *((device, "the plan", "say plan.to('cpu'), or build on one that has") for device in moved_to),
+    ):
         kind = torch.device(device)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if kind.type == "cuda" and (kind.index or 0) >= count:
             has = f"has {count} CUDA device{'s' * (count != 1)}" if count else "has no CUDA device"
-            raise MaterializeError(
-                f"the plan puts tensors on {device}, and this machine {has}; say plan.to('cpu'), or build there"
-            )
+            raise MaterializeError(f"{who} puts tensors on {device}, and this machine {has}; {way_out}")
 
 
 def check_uninitialized(graph: ParamGraph, uninitialized: str, wanted: set[str] | None = None) -> None:

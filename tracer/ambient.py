@@ -11,16 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .errors import TraceError
 from .graph import Ambient
+from .imagined import default_device
 
 
 def ambient_now() -> Ambient:
     """The torch settings that a constructor called now would run under."""
-    try:
-        device = torch.get_default_device()
-    except (AssertionError, RuntimeError) as error:
-        raise TraceError(f"this machine does not have the default device: {error}; trace under a device that it has") from error
+    device = default_device()
     return Ambient(
         torch.get_default_dtype(),
         "cpu" if device.type == "cpu" else str(device),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .imagined import current_device
 from .schema import mutated_arguments
 from .traced import META, Traced
 
@@ -111,4 +112,4 @@ def _with_index(device: torch.device) -> torch.device:
     """`cuda` as eager's tensors report it: with the current device's number."""
     if device.type != "cuda" or device.index is not None:
         return device
-    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return torch.device("cuda", current_device())

@@ -77,7 +77,11 @@ def _check_positions(ops: Sequence[Op]) -> None:
 
 def _check_views(graph: ParamGraph) -> None:
     nbytes = {storage.index: storage.nbytes for storage in graph.storages}
+    seen: set[int] = set()
     for who, view in _all_views(graph):
+        if id(view) in seen:
+            continue
+        seen.add(id(view))
         if view.storage not in nbytes:
             raise GraphError(f"{_called(who)} is a view of storage {view.storage}, and there is none")
         if not _fits(view, nbytes[view.storage]):
@@ -172,11 +176,11 @@ def _write(op: Op, view: View, held: dict[int, _Written], nbytes: int) -> None:
 
 def _check_writers(reader: str, view: View, held: Mapping[int, _Written], nbytes: Mapping[int, int]) -> None:
     now = held.get(view.storage)
-    if now is None or now.last is None or not view.numel:
+    if now is None or now.last is None or 0 in view.size:
         return
     whole = covers(view, nbytes[view.storage])
     last, target = now.last
-    needed = [last] if target.numel and (whole or target == view or covers(target, nbytes[view.storage])) else []
+    needed = [last] if 0 not in target.size and (whole or target == view or covers(target, nbytes[view.storage])) else []
     if now.whole is not None and whole and now.since < nbytes[view.storage]:
         needed.append(now.whole)
     for op in needed:

@@ -12,6 +12,7 @@ A storage appears once per write, as `Version`s, so the digraph is acyclic:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,20 +83,26 @@ def covers(view: View, nbytes: int) -> bool:
     >>> covers(View(0, torch.float32, (2, 3), (3, 1)), 24), covers(View(0, torch.float32, (3,), (1,)), 24)
     (True, False)
     """
-    if view.offset or view.numel * view.dtype.itemsize != nbytes:
+    _, dtype, sizes, strides, offset, _, _ = view
+    if offset:
         return False
-    return not nbytes or _dense(view.size, view.stride) or _dense(*_by_stride(view))
+    count = _dense(sizes, strides)
+    if count is None and math.prod(sizes) * dtype.itemsize == nbytes:
+        count = _dense(*_by_stride(view))
+    return count is not None and count * dtype.itemsize == nbytes
 
 
-def _dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements lie side by side, the last dim's closest together."""
+def _dense(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """How many elements there are, if they lie side by side, the last dim's closest together."""
+    if 0 in sizes:
+        return 0
     expected = 1
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size != 1:
             if stride != expected:
-                return False
+                return None
             expected *= size
-    return True
+    return expected
 
 
 def _by_stride(view: View) -> tuple[tuple[int, ...], tuple[int, ...]]:

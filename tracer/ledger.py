@@ -27,7 +27,7 @@ _OWN_FRAMES = 4  # `capture`, `write_down`, and at least two more in all that ca
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """An op while it is recorded: the fields of `Op`, in its order. `live` is set where the constructor looked at what it reads."""
+    """An op while it is recorded: the fields of `Op`, in its order. `live`: the constructor looked at what it reads."""
 
     index: int
     name: str
@@ -44,7 +44,10 @@ class Entry:
     func: Any
     default_dtype: torch.dtype
 
-    targets = Op.targets  # type: ignore[misc]  # it looks at fields that both have
+    @property
+    def targets(self) -> tuple[View, ...]:
+        """As for an `Op`."""
+        return self.writes if not self.outputs else self.writes + tuple([view for view in self.outputs if view is not None])
 
     def finished(self, live: bool, unread: bool) -> Op:
         """The op as the graph keeps it: this same object, frozen. Half of a large graph would otherwise be made twice."""

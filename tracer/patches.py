@@ -13,35 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from .imagined import cuda_imagined, replaced
 from .tape import Tape
 from .traced import Traced, rewrap
 
 
 @contextlib.contextmanager
 def torch_patched(tape: Tape) -> Iterator[None]:
-    """Make `trunc_normal_` one op on `tape`, and let tensors be made into parameters of any class."""
+    """Make `trunc_normal_` one op on `tape`, let tensors be made into parameters of any class, and CUDA be there if it is not."""
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
             (nn.init, "_no_grad_trunc_normal_", _trunc_normal(tape)),
             (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
             (nn.Parameter, "__new__", staticmethod(_new_parameter)),
         ):
-            stack.enter_context(_replaced(owner, name, replacement))
+            stack.enter_context(replaced(owner, name, replacement))
         stack.enter_context(_cuda_seeds_kept())
+        stack.enter_context(cuda_imagined(tape))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    own = vars(owner).get(name)
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
 
 
 _original_trunc_normal = nn.init._no_grad_trunc_normal_

@@ -147,6 +147,8 @@ class Replay:
         torch.set_default_dtype(op.default_dtype)
         args = [_opened(value, self.open) for value in op.args]
         kwargs = {name: _opened(value, self.open) for name, value in op.kwargs}
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _present(kwargs["device"])
         out = op.func(*args, **kwargs)
         results = [out] if not isinstance(out, list | tuple) else list(_flat(out))
         for view, result in zip(op.outputs, results, strict=False):
@@ -200,7 +202,7 @@ class Replay:
         record = self._records[index]
         if record.constant is None:
             make = torch.zeros if self._zeros else torch.empty
-            return make(record.nbytes, dtype=torch.uint8, device=torch.device(record.device)).untyped_storage()
+            return make(record.nbytes, dtype=torch.uint8, device=_present(record.device)).untyped_storage()
         if record.constant.value is None:
             raise TraceError(
                 f"the contents of a constant of shape {record.constant.size} and {record.constant.dtype} are gone; trace again"
@@ -231,6 +233,12 @@ class _Writers(_Sizes):
 
     def __getitem__(self, index: int) -> Any:
         return self._records[index].writers
+
+
+def _present(device: str | torch.device) -> torch.device:
+    """The device, or the CPU in place of CUDA where there is none: looks at values while tracing are then answered from there."""
+    found = torch.device(device)
+    return torch.device("cpu") if found.type == "cuda" and not torch.cuda.is_available() else found
 
 
 def _opened(value: Any, open_view: Any) -> Any:

@@ -26,49 +26,63 @@ _INIT = torch.nn.init.__file__
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PACKAGES = tuple(sorted({os.path.dirname(os.path.dirname(torch.__file__)), *sys.path}, key=len, reverse=True))
 
-_SKIP, _IN_INIT, _IN_TORCH, _IN_USER, _BORDER = range(5)
+_SKIP, _BORDER, _IN_INIT, _IN_TORCH, _IN_USER = range(5)
 
 
 class Sites:
     """The sites of one trace, each a single object however many ops come from it."""
 
     def __init__(self) -> None:
-        self._kinds: dict[int, tuple[int, CodeType]] = {}  # by id, as hashing a code object takes long; the object keeps its id
+        self._kinds: dict[int, int] = {}  # by a code object's id, as hashing the object itself takes long
+        self._codes: list[CodeType] = []  # keeps the ids from being given to others
         self._known: dict[tuple[Any, ...], Site] = {}
 
     def capture(self, depth: int = 1) -> Site:
         """The site of the op being recorded, from the calling frames; the innermost `depth` are known to be ours."""
-        kinds = self._kinds
-        key: list[int] = []
-        frames: list[FrameType] = []
+        kind_of = self._kinds.get
+        key: list[Any] = []
         init: str | None = None
         init_args: tuple[tuple[str, Any], ...] = ()
-        frame: FrameType | None = sys._getframe(depth)
+        innermost = frame = sys._getframe(depth)
         while frame is not None:
             code = frame.f_code
-            known = kinds.get(id(code))
-            kind = known[0] if known is not None else self._kind_of(code)
-            if kind != _SKIP:
-                if kind == _BORDER:
-                    break
-                if kind == _IN_INIT:
-                    init, init_args = code.co_name, _arguments(frame)
-                elif kind == _IN_TORCH or code.co_name != init:  # a wrapper that is called like the init function is no news
-                    key += (id(code), frame.f_lasti)
-                    frames.append(frame)
+            kind = kind_of(id(code))
+            if kind is None:
+                kind = self._classify(code)
+            if kind >= _IN_TORCH:
+                if kind == _IN_TORCH or code.co_name != init:  # a wrapper that is called like the init function is no news
+                    key.append(id(code))
+                    key.append(frame.f_lasti)
                     if kind == _IN_USER:
                         break
-            frame = frame.f_back
-        whole = (init, init_args, *[type(value) for _, value in init_args], *key)  # as 1 == 1.0 == True
+            elif kind == _IN_INIT:
+                init, init_args = code.co_name, _arguments(frame)
+            elif kind == _BORDER:
+                break
+            frame = frame.f_back  # type: ignore[assignment]
+        if init is not None:
+            key += (init, init_args, *[type(value) for _, value in init_args])  # the types, as 1 == 1.0 == True
+        whole = tuple(key)
         site = self._known.get(whole)
         if site is None:
-            site = self._known[whole] = Site(tuple(map(_spelled, frames)), init, init_args)
+            site = self._known[whole] = Site(self._spelled(innermost, init), init, init_args)
         return site
 
-    def _kind_of(self, code: CodeType) -> int:
-        kind = _classify(code)
-        self._kinds[id(code)] = kind, code
+    def _classify(self, code: CodeType) -> int:
+        kind = self._kinds[id(code)] = _classify(code)
+        self._codes.append(code)
         return kind
+
+    def _spelled(self, frame: FrameType | None, init: str | None) -> tuple[Frame, ...]:
+        """The lines of torch and the first one of the user's, as the graph keeps them."""
+        found: list[Frame] = []
+        while frame is not None and (kind := self._kinds[id(frame.f_code)]) != _BORDER:
+            if kind == _IN_TORCH or (kind == _IN_USER and frame.f_code.co_name != init):
+                found.append(Frame(_short(frame.f_code.co_filename), frame.f_lineno, frame.f_code.co_name))
+                if kind == _IN_USER:
+                    break
+            frame = frame.f_back
+        return tuple(found)
 
 
 def _classify(code: CodeType) -> int:
@@ -88,13 +102,12 @@ def _classify(code: CodeType) -> int:
 def _arguments(frame: FrameType) -> tuple[tuple[str, Any], ...]:
     """The init function's arguments that differ from their defaults, tensors and generators left out."""
     values = frame.f_locals
-    return tuple(
-        [
-            (name, values[name])
-            for name, default in _parameters(frame.f_code)
-            if isinstance(values.get(name), (int, float, str, bool)) and values[name] != default
-        ]
-    )
+    given = []
+    for name, default in _parameters(frame.f_code):
+        value = values.get(name)
+        if value is not default and isinstance(value, int | float | str) and value != default:
+            given.append((name, value))
+    return tuple(given)
 
 
 @cache
@@ -111,11 +124,6 @@ def _defaults(init: str) -> Mapping[str, Any]:
         return {}
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def _spelled(frame: FrameType) -> Frame:
-    """The frame as the graph keeps it: a file name short enough to read and the same on every machine."""
-    return Frame(_short(frame.f_code.co_filename), frame.f_lineno, frame.f_code.co_name)
 
 
 @cache

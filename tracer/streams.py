@@ -20,26 +20,9 @@ import torch
 
 from .errors import TraceError
 from .graph import StreamPosition
-
+from .imagined import ImaginedGenerator, current_device
 
 _CPU = torch.default_generator
-
-
-class ImaginedGenerator:
-    """Stands for the generator of a device that this machine does not have: a position, nothing else."""
-
-    def __init__(self) -> None:
-        self._seed = 0
-
-    def initial_seed(self) -> int:
-        return self._seed
-
-    def manual_seed(self, seed: int) -> ImaginedGenerator:
-        self._seed = seed
-        return self
-
-    def get_state(self) -> torch.Tensor:
-        return torch.tensor([self._seed])
 
 
 class Streams:
@@ -48,7 +31,8 @@ class Streams:
     def __init__(self) -> None:
         self._known: dict[int, StreamPosition] = {}
         self._next = secrets.randbits(61) + (1 << 61)
-        self._imagined: dict[str, ImaginedGenerator] = {}
+        self._imagined: dict[int, ImaginedGenerator] = {}
+        self._seed_of_all: int | None = None
         self._started: set[str] = set()
         self._private: list[tuple[torch.Generator, torch.Tensor]] = []
 
@@ -79,8 +63,21 @@ class Streams:
             return _CPU
         if device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.init()
-            return torch.cuda.default_generators[device.index or torch.cuda.current_device()]
-        return self._imagined.setdefault(str(device), ImaginedGenerator())
+            return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        index = current_device() if device.index is None else device.index
+        if index not in self._imagined:
+            self._imagined[index] = ImaginedGenerator(self._seed_of_all or 0)
+            if self._seed_of_all is not None:  # its stream does not start where the ambient one does
+                self._started.add(_name(torch.device("cuda", index)))
+        return self._imagined[index]
+
+    def seed_imagined(self, seed: int, index: int | None) -> None:
+        """`torch.cuda.manual_seed` on a machine without CUDA; without an `index`, `manual_seed_all`."""
+        if index is None:
+            self._seed_of_all = seed
+        for each in self._imagined if index is None else [index]:
+            self.default_generator(torch.device("cuda", each)).manual_seed(seed)
+            self._started.add(_name(torch.device("cuda", each)))
 
     def take(self, generator: torch.Generator | None, device: torch.device, op: int) -> StreamPosition:
         """Where op number `op`, which is about to draw, starts; the generator is left in a state that says that it has drawn."""
@@ -90,7 +87,7 @@ class Streams:
             position = self._unknown(source, generator, device)
         else:
             _check_untouched(source)
-        self._mark(source, StreamPosition("after", op, None, None, _name(device)))
+        self._mark(source, StreamPosition("after", op, device=_name(device)))
         return position
 
     def _unknown(self, source: Any, generator: torch.Generator | None, device: torch.device) -> StreamPosition:

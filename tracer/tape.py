@@ -196,6 +196,18 @@ class Tape(TorchDispatchMode):
         self.ledger.write_down(aten.copy_.default, views, reads=views[1:], writes=views[:1], overwrites=True)
         return wrap(meta_over(copy.handle, tensor._twin), tensor.device)
 
+    def relocated(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor that `torch.tensor` has just made on the CPU, as if it had made it on `device`."""
+        record = self.ledger.records[self.ledger.view(tensor).storage]
+        if not isinstance(tensor, Traced) or record.constant is None or record.writers:
+            return tensor.to(device)
+        record.device = device
+        return wrap(tensor._twin, device, requires_grad=tensor.requires_grad)
+
+    def seed_imagined(self, seed: int, index: int | None) -> None:
+        """What `torch.cuda.manual_seed` does on a machine without CUDA."""
+        self.ledger.streams.seed_imagined(seed, index)
+
     # -- geometry -------------------------------------------------------------------------------------------------------
 
     def _take_view(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -262,7 +274,7 @@ class Tape(TorchDispatchMode):
     def _general(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(args, kwargs))
         device = result_device(tensors, kwargs)
-        if device.type == "meta" or any([is_plain_meta(each) for each in tensors]):
+        if device.type == "meta" or any(is_plain_meta(each) for each in tensors):
             return func(*mapped(args, _meta_twin), **mapped_kwargs(kwargs, _meta_twin))
         changed = written(func, args, kwargs)
         for each in changed:
@@ -273,9 +285,12 @@ class Tape(TorchDispatchMode):
             return views[id(tensor)]
 
         reads = () if reads_geometry_only(func) else tuple([view(each) for each in operands(func, args, kwargs, tensors)])
-        writes = tuple([view(each) for each in changed])
         twins = {id(each): self.ledger.twin(each) for each in tensors}
-        out = self._result_geometry(func, args, kwargs, twins, reads + writes)
+        out = self._result_geometry(func, args, kwargs, twins, reads + tuple([view(each) for each in changed]))
+        for each in changed:
+            if self._follow_resize(each):
+                views[id(each)] = self.ledger.view(each)
+        writes = tuple([view(each) for each in changed])
         originals = {id(twins[id(each)]): each for each in tensors}
         result, outputs = self._received(out, originals, device)
         self.ledger.write_down(
@@ -293,6 +308,13 @@ class Tape(TorchDispatchMode):
         if self.values.watches:
             self.values.refresh(writes)
         return result
+
+    def _follow_resize(self, target: torch.Tensor) -> bool:
+        """Give the target of an `out=` the geometry that the operator has just given to its twin; whether it is another one."""
+        if not isinstance(target, Traced) or target._twin.shape == target.shape:
+            return False
+        target._mirror(wrap(target._twin.detach(), target.device))
+        return True
 
     def _received(
         self, out: Any, originals: dict[int, torch.Tensor], device: torch.device

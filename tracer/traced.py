@@ -20,7 +20,7 @@ META = torch.device("meta")
 
 
 class Hooks(NamedTuple):
-    """What a traced tensor asks the tape for: its values (and whether the memory is handed out), copies of it and of its storage."""
+    """What a traced tensor asks the tape for: its values (is the memory handed out?), copies of it and of its storage."""
 
     read: Callable[[Traced, bool], torch.Tensor]
     clone: Callable[[Traced], Traced]
@@ -113,6 +113,11 @@ class Traced(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         if self.requires_grad and not force:
             raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        if not force and self._traced_device.type != "cpu":
+            raise TypeError(
+                f"can't convert {self._traced_device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+                "memory first."
+            )
         return self._values(shared=True).numpy(force=force)
 
     def __array__(self, dtype: Any = None) -> Any:
