@@ -191,6 +191,7 @@ def _end(tensor: TensorNode, storage: Storage, decisions: Decisions) -> _End:
 def _key(end: _End, init: str, uninitialized: bool) -> _Key:
     tensor = end.tensor
     shape = None if tensor.type.startswith("Uninitialized") else tensor.shape
+    init = tensor.type if tensor.opaque else init
     return _Key(_section(tensor), shape, end.dtype, end.device, init, end.held, uninitialized, tensor.dtype)
 
 

@@ -17,6 +17,7 @@ from ..tracer.arguments import is_plain_meta, tensors_in
 from ..tracer.draws import skip, words
 from ..tracer.graph import Op, ParamGraph
 from ..tracer.liveness import is_anchor
+from ..tracer.opaque import is_opaque
 from ..tracer.schema import Kind, is_random, kind_of
 from .waiting import WaitingRoom
 
@@ -86,7 +87,10 @@ class Guided(TorchDispatchMode):
 
         Such are calls on the user's own meta tensors, geometry, and looks at the values of tensors from outside.
         """
-        if kind in _UNRECORDED or any(is_plain_meta(tensor) for tensor in tensors_in(args, kwargs)) or _asks_for_meta(kwargs):
+        tensors = list(tensors_in(args, kwargs))
+        if any(map(is_plain_meta, tensors)) or _asks_for_meta(kwargs):
+            return None
+        if kind in _UNRECORDED and not (kind is Kind.EMPTY and _makes_opaque(tensors, kwargs)):
             return None
         op = self._ops[self._next] if self._next < len(self._ops) else None
         if op is not None and op.func is func:
@@ -102,6 +106,9 @@ class Guided(TorchDispatchMode):
 
     def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, generator = args[0], kwargs.get("generator")
+        if is_opaque(target):
+            self._follow(func, Kind.GENERAL, args, kwargs)
+            return func(*args, **kwargs)
         op = self._follow(func, Kind.FILL, args, kwargs)
         if op is None:
             return func(*args, **kwargs)
@@ -171,6 +178,10 @@ def _first_writes(graph: ParamGraph) -> dict[int, int]:
             for view in op.targets:
                 first.setdefault(view.storage, op.index)
     return first
+
+
+def _makes_opaque(tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("layout") not in (None, torch.strided) or any(map(is_opaque, tensors))
 
 
 def _asks_for_meta(kwargs: dict[str, Any]) -> bool:

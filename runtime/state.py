@@ -11,6 +11,7 @@ from ..planner.check import check_decisions
 from ..planner.decisions import Cast, Decisions, final_device
 from ..tracer.ambient import ambient_applied, host_random_from, one_at_a_time
 from ..tracer.collect import roots_of
+from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph
 from ..tracer.replay import Replay
 from ..tracer.streams import generator_states, generators_kept
@@ -62,6 +63,9 @@ def _with_casts(build: Build, decisions: Decisions) -> ParamGraph:
 
 def _replayed(graph: ParamGraph, names: list[str], zeros: bool) -> dict[str, torch.Tensor]:
     nodes = {name: graph.tensor(name) for name in names}
+    for name, node in nodes.items():
+        if node.opaque:
+            raise MaterializeError(f"{name} is a {node.type} tensor, which has no recipe of its own; take it from plan.materialize()")
     replay = Replay(graph.ops, graph.storages, generator_states(), zeros=zeros)
     replay.run(dict.fromkeys(node.view.storage for node in nodes.values()))
     for node in nodes.values():

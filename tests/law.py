@@ -96,7 +96,9 @@ def assert_true_graph(plan: gp.Plan, expected: Any) -> None:
         if name == node.name:
             _assert_equal(name, "kind and persistence", kinds[name], (node.kind, node.persistent))
         _assert_equal(name, "requires_grad in the graph", tensor.requires_grad, node.requires_grad)
-        if not is_lazy(tensor):
+        if is_opaque(tensor):
+            assert node.opaque, f"{name}: the graph takes it for an ordinary tensor"
+        elif not is_lazy(tensor):
             _assert_equal(name, "geometry in the graph", _geometry(tensor), node.view[1:])
             _assert_equal(name, "grad_fn in the graph", _grad_fn(tensor), node.grad_fn)
 
@@ -127,7 +129,7 @@ def _own_names(tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, tuple[st
 def assert_same_parts(plan: gp.Plan, expected: Any, seed: int) -> None:
     """Every tensor asked for by itself is as in the whole build; the generators stay where they are."""
     tensors = {name: each for name, each in named_tensors(expected).items() if not is_lazy(each) and not each.is_meta}
-    names = [name for name in plan.graph.by_name if name in tensors]
+    names = [name for name in plan.graph.by_name if name in tensors and not is_opaque(tensors[name])]
     before = generator_states()
     found = plan.materialize_state(names, seed=seed)
     assert_same_states(before, generator_states(), "materialize_state moved")
@@ -182,6 +184,12 @@ def assert_same_tensor(name: str, left: torch.Tensor, right: torch.Tensor) -> No
         _assert_equal(name, what, getattr(left, what), getattr(right, what))
     _assert_same_value(name, vars(left), vars(right))
     if is_lazy(left):
+        return
+    if is_opaque(left):
+        _assert_equal(name, "kind", (left.layout, left.is_quantized, left.is_nested), (right.layout, right.is_quantized, right.is_nested))
+        for number, (one, other) in enumerate(zip(parts_of(left), parts_of(right), strict=True)):
+            _assert_equal(f"{name}, part {number}", "geometry", _geometry(one), _geometry(other))
+            _assert_same_bits(f"{name}, part {number}", one, other)
         return
     _assert_equal(name, "is_inference", left.is_inference(), right.is_inference())
     if not left.is_inference():
@@ -375,9 +383,24 @@ def _partition(named: Mapping[str, Any], key: Callable[[Any], Any]) -> list[list
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    if is_lazy(tensor) or not tensor.untyped_storage().nbytes() or tensor.is_meta:
+    if is_lazy(tensor) or is_opaque(tensor) or not tensor.untyped_storage().nbytes() or tensor.is_meta:
         return id(tensor)
     return tensor.untyped_storage().data_ptr()
+
+
+def is_opaque(tensor: torch.Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The ordinary tensors that a sparse, quantized or nested tensor is made of."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.is_quantized:
+        return [tensor.int_repr(), torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
 
 
 def content(tensor: torch.Tensor) -> bytes:

@@ -12,6 +12,7 @@ from torch import nn
 from .errors import TraceError
 from .graph import Kind, ModuleNode, TensorNode
 from .ledger import Ledger
+from .opaque import is_opaque, opaque_kind
 from .traced import public_type
 
 _INTERNAL = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
@@ -126,6 +127,9 @@ def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.Tens
 
 def _node(tensor: torch.Tensor, kind: Kind, persistent: bool, names: tuple[str, ...], ledger: Ledger) -> TensorNode:
     names = tuple(dict.fromkeys(names)) if len(names) > 1 else names
+    if is_opaque(tensor):
+        view = ledger.opaque_view(tensor)
+        return TensorNode(names, kind, view, tensor.requires_grad, persistent, _grad_fn(tensor), opaque_kind(tensor), True)
     return TensorNode(names, kind, ledger.view(tensor), tensor.requires_grad, persistent, _grad_fn(tensor), public_type(tensor))
 
 

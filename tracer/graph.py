@@ -184,7 +184,8 @@ class TensorNode:
     """A tensor of the finished module, under all of its names.
 
     `names[0]` is the name that `named_parameters` / `named_buffers` gives; the others are its ties. An `attribute` is a tensor
-    that is neither parameter nor buffer: `layer.table`, `layer.tables[0]`, `layer.cache['k']`.
+    that is neither parameter nor buffer: `layer.table`, `layer.tables[0]`, `layer.cache['k']`. An `opaque` one is sparse,
+    quantized or nested: `type` says what it is, `view` shows no more than its bytes.
     """
 
     names: tuple[str, ...]
@@ -194,6 +195,7 @@ class TensorNode:
     persistent: bool = True
     grad_fn: str | None = None
     type: str = "Tensor"
+    opaque: bool = False
 
     @property
     def name(self) -> str:

@@ -129,6 +129,12 @@ class Ledger:
         self._outside[storage._cdata] = (record.index, storage)
         return record
 
+    def opaque_view(self, tensor: torch.Tensor) -> View:
+        """The bytes of a tensor that is sparse, quantized or nested, as one constant."""
+        with torch._C._DisableTorchDispatch(), torch.no_grad():
+            memory = torch.cat([bytes_of(part.detach().contiguous().untyped_storage()).cpu() for part in _parts(tensor)])
+        return self.adopt_constant(memory, memory, tensor.device).everything
+
     def is_outside(self, tensor: torch.Tensor) -> bool:
         """Whether it is a real tensor that has been used before."""
         return not isinstance(tensor, Traced) and not tensor.is_meta and tensor.untyped_storage()._cdata in self._outside
@@ -225,6 +231,21 @@ def _name(func: Any) -> str:
 @cache
 def _device_name(device: torch.device) -> str:
     return str(device)
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The ordinary tensors that a tensor of another kind is made of."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.is_quantized:
+        return [tensor.int_repr()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    raise TraceError(f"a tensor of layout {tensor.layout} is not supported")
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -33,6 +33,7 @@ from .errors import TraceError
 from .graph import Op, Storage, View
 from .ledger import Entry, Ledger, bytes_of
 from .liveness import mark_liveness
+from .opaque import NotStrided, Opaque, is_opaque
 from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
 from .sites import here
 from .streams import generators_kept
@@ -51,6 +52,7 @@ class Tape(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.values = Values(self.ledger, states)
+        self.opaque = Opaque(self.ledger, self.values)
         self._valid: set[Any] = set()
         self._handlers: dict[Any, Callable[..., Any]] = {_DEVICE: self._ask_device}
         self._by_kind: dict[Kind, Callable[..., Any]] = {
@@ -110,6 +112,8 @@ class Tape(TorchDispatchMode):
             device = result_device(tensors_in(args, kwargs), kwargs)
             if device.type == "meta":
                 return func(*args, **kwargs)
+        if kwargs.get("layout") not in (None, torch.strided) or any(map(is_opaque, tensors_in(args, {}))):
+            return self.opaque.call(func, args, kwargs)
         rest = args if func is aten.empty.memory_format else mapped(args, self.ledger.twin)
         twin = func(*rest, **{**kwargs, "device": META, "pin_memory": False})
         self.ledger.adopt(twin, device)
@@ -120,6 +124,8 @@ class Tape(TorchDispatchMode):
         if not isinstance(target, Traced):
             if target.is_meta:
                 return func(*args, **kwargs)
+            if is_opaque(target):
+                return self.opaque.call(func, args, kwargs)
             self.values.borrow(target)
         view = self.ledger.view(target)
         rest = args[1:]
@@ -167,7 +173,7 @@ class Tape(TorchDispatchMode):
         (source,) = args
         if isinstance(source, Traced):
             return wrap(source._twin.detach(), source.device)
-        if source.is_meta:
+        if source.is_meta or is_opaque(source):
             return func(source)
         storage = source.untyped_storage()
         record = self.ledger.outside(storage, source)
@@ -257,6 +263,8 @@ class Tape(TorchDispatchMode):
 
     def _ask_value(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(args, kwargs))
+        if any(map(is_opaque, tensors)):
+            return self.opaque.call(func, args, kwargs)
         if not any(isinstance(each, Traced) or self.ledger.is_outside(each) for each in tensors):
             return func(*args, **kwargs)
         view = self.ledger.view
@@ -276,6 +284,14 @@ class Tape(TorchDispatchMode):
         device = result_device(tensors, kwargs)
         if device.type == "meta" or any(is_plain_meta(each) for each in tensors):
             return func(*mapped(args, _meta_twin), **mapped_kwargs(kwargs, _meta_twin))
+        try:
+            if not any(is_opaque(each) for each in tensors):
+                return self._recorded(func, args, kwargs, tensors, device)
+        except NotStrided:
+            pass
+        return self.opaque.call(func, args, kwargs)
+
+    def _recorded(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], device: torch.device) -> Any:
         changed = written(func, args, kwargs)
         for each in changed:
             self._borrow(each)
@@ -376,17 +392,8 @@ def _has_own_rules(kind: type) -> bool:
 
 
 def _check_strided(tensor: torch.Tensor) -> None:
-    if tensor.is_nested:
-        kind = "nested"
-    elif tensor.is_quantized:
-        kind = "quantized"
-    elif tensor.layout != torch.strided:
-        kind = str(tensor.layout).removeprefix("torch.")
-    else:
-        return
-    raise TraceError(
-        f"the constructor makes a {kind} tensor, which a trace cannot follow ({here()}); build that part outside and pass it in"
-    )
+    if is_opaque(tensor):
+        raise NotStrided
 
 
 def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
