@@ -19,6 +19,7 @@ from ..tracer.graph import Op, ParamGraph
 from ..tracer.liveness import is_anchor
 from ..tracer.opaque import is_opaque
 from ..tracer.schema import Kind, is_random, kind_of
+from ..tracer.traced import FAKE, has_own_rules
 from .waiting import WaitingRoom
 
 _UNRECORDED = (Kind.EMPTY, Kind.LIFT, Kind.METADATA, Kind.GEOMETRY)
@@ -62,6 +63,10 @@ class Guided(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch._C._get_dispatch_mode(FAKE) is not None:
+            return func(*args, **kwargs)
+        if any(has_own_rules(each) for each in types):
+            return NotImplemented
         kind = kind_of(func)
         if self._following:
             if kind is Kind.FILL:

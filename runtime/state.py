@@ -65,7 +65,9 @@ def _replayed(graph: ParamGraph, names: list[str], zeros: bool) -> dict[str, tor
     nodes = {name: graph.tensor(name) for name in names}
     for name, node in nodes.items():
         if node.opaque:
-            raise MaterializeError(f"{name} is a {node.type} tensor, which has no recipe of its own; take it from plan.materialize()")
+            raise MaterializeError(
+                f"{name} is a {node.type} tensor, which has no recipe of its own; take it from plan.materialize()"
+            )
     replay = Replay(graph.ops, graph.storages, generator_states(), zeros=zeros)
     replay.run(dict.fromkeys(node.view.storage for node in nodes.values()))
     for node in nodes.values():

@@ -186,7 +186,9 @@ def assert_same_tensor(name: str, left: torch.Tensor, right: torch.Tensor) -> No
     if is_lazy(left):
         return
     if is_opaque(left):
-        _assert_equal(name, "kind", (left.layout, left.is_quantized, left.is_nested), (right.layout, right.is_quantized, right.is_nested))
+        _assert_equal(
+            name, "kind", (left.layout, left.is_quantized, left.is_nested), (right.layout, right.is_quantized, right.is_nested)
+        )
         for number, (one, other) in enumerate(zip(parts_of(left), parts_of(right), strict=True)):
             _assert_equal(f"{name}, part {number}", "geometry", _geometry(one), _geometry(other))
             _assert_same_bits(f"{name}, part {number}", one, other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,3 +182,25 @@ def test_uninitialized_tensors_are_named() -> None:
     assert not plan.materialize_state(["scale"], uninitialized="zero")["scale"].any()
     assert plan.materialize(seed=0, uninitialized="empty").scale.shape == (4,)
     assert "uninitialized: the constructor leaves 3 tensors without values" in str(plan.report())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_from_pretrained_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9, max_position_embeddings=4
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = transformers.BertModel.from_pretrained(tmp_path)
+
+    with pytest.raises(
+        gp.TraceError, match=r"BertModel.from_pretrained was called under a trace \(.*test_errors.py.*from_config"
+    ):
+        gp.trace(Wraps)
+    loaded = transformers.BertModel.from_pretrained(tmp_path)
+    plan = gp.trace(lambda: nn.Sequential(loaded, nn.Linear(8, 2)))
+    assert plan.materialize(seed=0)[0] is loaded

@@ -344,19 +344,6 @@ def test_draws_that_the_trace_does_not_see_are_refused() -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: torch.eye(3).to_sparse(), lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)]
-)
-def test_a_tensor_of_another_kind_is_refused_with_its_line(make: Any) -> None:
-    class Makes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.made = make()
-
-    with pytest.raises(gp.TraceError, match=r"(sparse_coo|quantized) tensor, which a trace cannot follow \(.*test_trace.py"):
-        gp.trace(Makes)
-
-
 def test_a_forward_pass_in_the_constructor_changes_running_statistics() -> None:
     class Runs(nn.Module):
         def __init__(self) -> None:

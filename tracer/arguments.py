@@ -18,7 +18,7 @@ def tensors_in(args: Any, kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from (each for each in value if isinstance(each, torch.Tensor))
+            yield from tensors_in(value, {})
 
 
 def generator_in(args: Any, kwargs: Mapping[str, Any]) -> torch.Generator | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import TraceError
 from .graph import Kind, ModuleNode, TensorNode
@@ -96,7 +97,8 @@ def _buffers(module: nn.Module) -> Iterable[_Member]:
 def _attributes(module: nn.Module) -> Iterable[_Member]:
     found: list[_Member] = []
     for name, value in module.__dict__.items():
-        if _may_hold(type(value)) and name not in _INTERNAL and (isinstance(value, torch.Tensor) or len(value)):
+        kind: Any = type(value)
+        if _may_hold(kind) and name not in _INTERNAL and (isinstance(value, torch.Tensor) or len(value)):
             found.extend([(path, each, True) for path, each in _inside(name, value, 0)])
     return found
 
@@ -127,6 +129,10 @@ def _inside(path: str, value: Any, depth: int) -> Iterator[tuple[str, torch.Tens
 
 def _node(tensor: torch.Tensor, kind: Kind, persistent: bool, names: tuple[str, ...], ledger: Ledger) -> TensorNode:
     names = tuple(dict.fromkeys(names)) if len(names) > 1 else names
+    if is_traceable_wrapper_subclass(tensor):
+        inner = getattr(tensor, tensor.__tensor_flatten__()[0][0])
+        said = f"{type(tensor).__name__} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        return TensorNode(names, kind, ledger.view(inner), tensor.requires_grad, persistent, _grad_fn(tensor), said, True)
     if is_opaque(tensor):
         view = ledger.opaque_view(tensor)
         return TensorNode(names, kind, view, tensor.requires_grad, persistent, _grad_fn(tensor), opaque_kind(tensor), True)

@@ -62,9 +62,7 @@ class Opaque:
         def view(tensor: torch.Tensor) -> View | None:
             return views.get(id(tensor))
 
-        self._ledger.write_down(
-            func, frozen(args, view), frozen_kwargs(kwargs, view), reads=tuple(views.values()), sensed=True
-        )
+        self._ledger.write_down(func, frozen(args, view), frozen_kwargs(kwargs, view), reads=tuple(views.values()), sensed=True)
         with self._values.real(views.values()) as real, torch.no_grad():
             copies = {id(each): real.open(views[id(each)]).clone() for each in tensors}
             originals = {id(copies[id(each)]): each for each in tensors}
@@ -82,7 +80,8 @@ class Opaque:
         for each in changed:
             if is_opaque(each) and id(each) not in self._made:
                 raise TraceError(
-                    f"{func} changes a {opaque_kind(each)} tensor from outside the constructor, which a trace cannot undo ({here()})"
+                    f"{func} changes a {opaque_kind(each)} tensor from outside the constructor, which a trace cannot undo "
+                    f"({here()})"
                 )
 
     def _received(self, result: torch.Tensor) -> torch.Tensor:

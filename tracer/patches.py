@@ -6,6 +6,7 @@ Each replacement does for a `Traced` tensor what the original does for an ordina
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import TraceError
 from .imagined import cuda_imagined, replaced
+from .sites import here
 from .tape import Tape
 from .traced import Traced, rewrap
 
@@ -28,6 +31,8 @@ def torch_patched(tape: Tape) -> Iterator[None]:
             (nn.Parameter, "__new__", staticmethod(_new_parameter)),
         ):
             stack.enter_context(replaced(owner, name, replacement))
+        for loader in _loaders():
+            stack.enter_context(replaced(loader, "from_pretrained", classmethod(_refuse_to_load)))
         stack.enter_context(_cuda_seeds_kept())
         stack.enter_context(cuda_imagined(tape))
         yield
@@ -71,6 +76,21 @@ def _check_gradients(dtype: torch.dtype, requires_grad: bool) -> None:
     """Raise what eager raises for a dtype that has no gradients."""
     with torch._C._DisableTorchDispatch():
         _original_make_subclass(torch.Tensor, torch.empty(0, dtype=dtype, device="cpu"), requires_grad)
+
+
+def _loaders() -> list[type]:
+    """The classes whose `from_pretrained` builds a module in its own way, on the meta device and in threads."""
+    names = (("transformers.modeling_utils", "PreTrainedModel"), ("diffusers.models.modeling_utils", "ModelMixin"))
+    found = [getattr(sys.modules.get(module), name, None) for module, name in names]
+    return [each for each in found if each is not None]
+
+
+def _refuse_to_load(cls: type, *_: Any, **__: Any) -> None:
+    raise TraceError(
+        f"{cls.__name__}.from_pretrained was called under a trace ({here()}): it fills the module from files, past every "
+        f"initialization. Trace the architecture, {cls.__name__}(config) or AutoModel.from_config(config), and load the files "
+        "into what plan.materialize() returns; or load outside and pass the module in"
+    )
 
 
 @contextlib.contextmanager

@@ -103,6 +103,9 @@ _HIDDEN_WRITES = {
     "aten::batch_norm_update_stats": _RUNNING,
 }
 
+# Where collectives in place put what they receive.
+_RECEIVED = ("tensors", "output", "outputs", "output_tensor", "output_tensors", "output_lists")
+
 _CHECKING = {
     *("index", "index_put", "index_put_", "_unsafe_index", "index_select", "index_add_", "index_copy_", "index_fill_"),
     *("gather", "take", "embedding", "scatter", "scatter_", "scatter_add_"),
@@ -127,13 +130,16 @@ def is_random(func: Any) -> bool:
 def mutated_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of every argument that the operator writes."""
     arguments = enumerate(func._schema.arguments)
-    hidden = _HIDDEN_WRITES.get(func._schema.name, ())
+    name: str = func._schema.name
+    hidden = _RECEIVED if name.startswith("c10d::") and name.endswith("_") else _HIDDEN_WRITES.get(name, ())
     return tuple((i, a.name) for i, a in arguments if (a.alias_info is not None and a.alias_info.is_write) or a.name in hidden)
 
 
 @cache
 def overwrites(func: Any) -> bool:
-    """Whether the written arguments' previous values are ignored: fills, copies, and `out=` variants."""
+    """Whether the written arguments' previous values are ignored: fills, copies, `out=` variants, and what is received."""
+    if func._schema.name.startswith("c10d::"):
+        return any(name.startswith("output") for _, name in mutated_arguments(func))
     return func in _OVERWRITES or any(argument.is_out for argument in func._schema.arguments)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from .opaque import NotStrided, Opaque, is_opaque
 from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
 from .sites import here
 from .streams import generators_kept
-from .traced import META, Hooks, Traced, hooks, meta_over, view_of, wrap
+from .traced import FAKE, META, Hooks, Traced, has_own_rules, hooks, meta_over, view_of, wrap
 from .values import Values
 
 _DEVICE = torch.ops.prim.device.default
@@ -82,8 +81,10 @@ class Tape(TorchDispatchMode):
             hooks.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._get_dispatch_mode(FAKE) is not None:
+            return func(*args, **(kwargs or {}))  # somebody plays through a call (DTensor, to know its sharding)
         for kind in types:
-            if kind is not Traced and _has_own_rules(kind):
+            if kind is not Traced and has_own_rules(kind):
                 return NotImplemented  # a subclass such as DTensor: it calls us for what it is made of
         handler = self._handlers.get(func)
         if handler is None:
@@ -383,12 +384,6 @@ class Tape(TorchDispatchMode):
 
             rest, options = without_generator(mapped(args, copy_of), mapped_kwargs(kwargs, copy_of))
             return mapped(func(*rest, **options), lambda each: twins[id(each)] if id(each) in twins else _meta_like(each))
-
-
-@cache
-def _has_own_rules(kind: type) -> bool:
-    dispatch = getattr(kind, "__torch_dispatch__", torch.Tensor.__torch_dispatch__)
-    return not issubclass(kind, Traced) and dispatch is not torch.Tensor.__torch_dispatch__
 
 
 def _check_strided(tensor: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .errors import TraceError
 from .graph import View
 
 META = torch.device("meta")
+FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Hooks(NamedTuple):
@@ -187,7 +189,10 @@ _classes: dict[type, type[Traced]] = {}
 def traced_class(cls: type) -> type[Traced]:
     """A class that is both `Traced` and `cls` (a user's `nn.Parameter` subclass, `UninitializedParameter`)."""
     if cls not in _classes:
-        _classes[cls] = cls if issubclass(cls, Traced) else type(f"Traced{cls.__name__}", (Traced, cls), {"__slots__": ()})
+        own: dict[str, Any] = {"__slots__": ()}
+        if becomes := getattr(cls, "cls_to_become", None):  # an uninitialized parameter changes its class when it gets its shape
+            own["cls_to_become"] = traced_class(becomes)
+        _classes[cls] = cls if issubclass(cls, Traced) else type(f"Traced{cls.__name__}", (Traced, cls), own)
     return _classes[cls]
 
 
@@ -207,6 +212,13 @@ def meta_over(handle: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
         if like.is_conj():
             twin = twin.conj()
         return twin._neg_view() if like.is_neg() else twin
+
+
+@cache
+def has_own_rules(kind: type) -> bool:
+    """Whether tensors of this class answer the dispatcher themselves (DTensor), by calls on what they are made of."""
+    dispatch = getattr(kind, "__torch_dispatch__", torch.Tensor.__torch_dispatch__)
+    return not issubclass(kind, Traced) and dispatch is not torch.Tensor.__torch_dispatch__
 
 
 def public_type(tensor: torch.Tensor) -> str:
