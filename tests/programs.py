@@ -344,6 +344,85 @@ def _python_memory(run: _Run, a: int, b: int, c: int) -> None:
         run.module.values.append(float(array.sum()))
 
 
+OPERATORS: list[Callable[[torch.Tensor, torch.Tensor, int], Any]] = [
+    lambda x, y, c: torch.fft.rfft(x.float(), dim=-1),
+    lambda x, y, c: torch.linalg.qr(x.float().reshape(-1, 1) @ x.float().reshape(1, -1)),
+    lambda x, y, c: torch.unique(x, return_inverse=True),
+    lambda x, y, c: torch.nonzero(x),
+    lambda x, y, c: x.masked_select(x.abs() > c % 2),
+    lambda x, y, c: torch.sort(x.flatten(), descending=bool(c % 2), stable=True),
+    lambda x, y, c: x.cumsum(-1),
+    lambda x, y, c: torch.where(x.bool(), x, x.new_full((), c % 3)),
+    lambda x, y, c: torch.cat([x.flatten(), y.flatten().to(x.dtype)]),
+    lambda x, y, c: torch.stack([x, x * 2], dim=c % (x.dim() + 1)),
+    lambda x, y, c: x.flip(0).roll(c % 3, 0),
+    lambda x, y, c: x.repeat_interleave(2, 0),
+    lambda x, y, c: torch.kron(x.float(), torch.ones(2)),
+    lambda x, y, c: torch.outer(x.float().flatten()[:5], y.float().flatten()[:5]).tril(c % 3 - 1),
+    lambda x, y, c: torch.einsum("i,j->ij", x.float().flatten()[:3], y.float().flatten()[:3]),
+    lambda x, y, c: x.float().softmax(-1).max(-1),
+    lambda x, y, c: torch.polar(x.float().abs(), torch.ones_like(x, dtype=torch.float32)).conj(),
+    lambda x, y, c: nn.functional.conv1d(x.float().reshape(1, 1, -1), torch.ones(1, 1, 1)),
+    lambda x, y, c: torch.add(x.float(), 1, out=torch.empty(c % 2)),
+    lambda x, y, c: x.float().to_sparse().coalesce().to_dense(),
+    lambda x, y, c: torch.quantize_per_tensor(x.float(), 0.5, c % 4, torch.qint8).dequantize(),
+    lambda x, y, c: torch.bincount(x.flatten().abs().long() % 5),
+    lambda x, y, c: torch.multinomial(x.float().flatten().abs() + 1, 2, replacement=True),
+    lambda x, y, c: torch.bernoulli(x.float().sigmoid()),
+    lambda x, y, c: torch.poisson(x.float().abs()),
+    lambda x, y, c: torch.normal(x.float(), 0.5),
+    lambda x, y, c: nn.functional.dropout(x.float(), 0.5),
+    lambda x, y, c: torch.take_along_dim(x, x.argsort(-1), -1),
+]
+
+
+def _operate(run: _Run, a: int, b: int, c: int) -> None:
+    found = OPERATORS[a % len(OPERATORS)](run.tensor(b).detach(), run.tensor(c).detach(), c)
+    for each in found if isinstance(found, tuple) else (found,):
+        run.make(each)
+
+
+def _put(run: _Run, a: int, b: int, c: int) -> None:
+    """Writes that go through indices."""
+    target = run.tensor(a).detach()
+    changes: list[Callable[[], Any]] = [
+        lambda: target.__setitem__(target.abs() > c % 2, c % 5),
+        lambda: target.index_put_((torch.tensor([0]),), target[:1].clone(), accumulate=bool(c % 2)),
+        lambda: target.masked_fill_(torch.ones(target.shape[-1:], dtype=torch.bool), c % 2),
+        lambda: target.index_fill_(0, torch.tensor([0]), c % 3),
+        lambda: target.scatter_(0, torch.zeros_like(target[:1], dtype=torch.int64), c % 4),
+        lambda: target.flatten()[: c % 4].copy_(torch.arange(c % 4)),
+        lambda: target.fill_diagonal_(c % 2),
+        lambda: torch.sub(target, 1, out=target),
+    ]
+    changes[b % len(changes)]()
+
+
+def _reshape_in_place(run: _Run, a: int, b: int, c: int) -> None:
+    """Another geometry, or other memory, for a tensor that is there already."""
+    target, other = run.tensor(a), run.tensor(b)
+    changes: list[Callable[[], Any]] = [
+        lambda: target.unsqueeze_(c % (target.dim() + 1)),
+        lambda: target.squeeze_(),
+        lambda: target.t_(),
+        lambda: target.set_(other.detach()),  # type: ignore[call-overload]
+        lambda: target.resize_(target.numel()),
+        lambda: setattr(target, "data", other.detach().clone()),
+        lambda: setattr(target, "data", other.data),
+        lambda: target.transpose_(0, -1),
+    ]
+    changes[c % len(changes)]()
+
+
+def _forward(run: _Run, a: int, b: int, c: int) -> None:
+    """A linear child is called, with or without autograd."""
+    linear = [child for child in run.module.children() if isinstance(child, nn.Linear) and child.weight.dtype == torch.float32]
+    if linear:
+        child = linear[a % len(linear)]
+        with torch.set_grad_enabled(bool(c % 2)):
+            run.make(child(run.tensor(b).float().flatten()[:1].expand(2, child.in_features)))
+
+
 ACTIONS: list[Callable[[_Run, int, int, int], None]] = [
     *([_create] * 3),
     *([_fill] * 3),
@@ -359,4 +438,8 @@ ACTIONS: list[Callable[[_Run, int, int, int], None]] = [
     _randomness,
     _drop,
     _python_memory,
+    *([_operate] * 3),
+    _put,
+    _reshape_in_place,
+    _forward,
 ]

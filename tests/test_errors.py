@@ -204,3 +204,15 @@ def test_from_pretrained_is_refused_with_the_way_out(tmp_path: Path) -> None:
     loaded = transformers.BertModel.from_pretrained(tmp_path)
     plan = gp.trace(lambda: nn.Sequential(loaded, nn.Linear(8, 2)))
     assert plan.materialize(seed=0)[0] is loaded
+
+
+def test_a_change_of_geometry_that_eager_refuses_raises_eager_s_error() -> None:
+    with pytest.raises(RuntimeError, match="t_\\(\\) expects a tensor with <= 2 dimensions, but self is 3D"):
+        gp.trace(lambda: nn.ParameterList([torch.zeros(2, 3, 4).t_()]))
+
+
+def test_a_tensor_from_outside_keeps_its_shape() -> None:
+    given = torch.ones(1)
+    with pytest.raises(gp.TraceError, match="gives a tensor from outside the constructor another shape"):
+        gp.trace(lambda: nn.ParameterList([torch.add(torch.ones(3), 1, out=given)]))
+    assert given.shape == (1,)

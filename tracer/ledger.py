@@ -166,11 +166,6 @@ class Ledger:
             record.seen = view
         return record.seen
 
-    def twin_of_view(self, view: View) -> torch.Tensor:
-        """The meta tensor that a view stands for."""
-        twin = torch.empty(0, dtype=view.dtype, device=META)
-        return twin.set_(self.records[view.storage].handle, view.offset, view.size, view.stride)
-
     # -- ops ------------------------------------------------------------------------------------------------------------
 
     def write_down(

@@ -121,6 +121,13 @@ def checks_values(func: Any) -> bool:
 
 
 @cache
+def quantizes(func: Any) -> bool:
+    """Whether the result is quantized, which torch's meta kernels do not always tell."""
+    name: str = func._schema.name.removeprefix("aten::")
+    return name.startswith(("quantize_per", "_make_per", "_empty_affine", "_empty_per_channel_affine"))
+
+
+@cache
 def is_random(func: Any) -> bool:
     """Whether the operator may draw from a random stream."""
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())

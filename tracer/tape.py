@@ -7,7 +7,7 @@ Real tensors come from outside (arguments, files, constants): views of them are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ from .graph import Op, Storage, View
 from .ledger import Entry, Ledger, bytes_of
 from .liveness import mark_liveness
 from .opaque import NotStrided, Opaque, is_opaque
-from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, reads_geometry_only
+from .schema import Kind, aten, checks_values, is_random, kind_of, overwrites, quantizes, reads_geometry_only
 from .sites import here
 from .streams import generators_kept
 from .traced import FAKE, META, Hooks, Traced, has_own_rules, hooks, meta_over, view_of, wrap
@@ -240,7 +240,12 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         twin = self.ledger.twin(target)
         rest = [self._source(value) for value in args[1:]]
-        func(twin, *rest, **on_meta({name: self._source(value) for name, value in kwargs.items()}))
+        options = on_meta({name: self._source(value) for name, value in kwargs.items()})
+        try:
+            func(twin, *rest, **options)
+        except Exception:
+            func(torch.empty(1, dtype=twin.dtype, device="cpu").expand(twin.shape), *rest, **options)  # eager's own error
+            raise
         if self.ledger.record_of(twin) is None:
             self.ledger.adopt(twin, target.device)
         target._mirror(wrap(twin.detach(), target.device))
@@ -286,7 +291,7 @@ class Tape(TorchDispatchMode):
         if device.type == "meta" or any(is_plain_meta(each) for each in tensors):
             return func(*mapped(args, _meta_twin), **mapped_kwargs(kwargs, _meta_twin))
         try:
-            if not any(is_opaque(each) for each in tensors):
+            if not quantizes(func) and not any(is_opaque(each) for each in tensors):
                 return self._recorded(func, args, kwargs, tensors, device)
         except NotStrided:
             pass
@@ -303,10 +308,13 @@ class Tape(TorchDispatchMode):
 
         reads = () if reads_geometry_only(func) else tuple([view(each) for each in operands(func, args, kwargs, tensors)])
         twins = {id(each): self.ledger.twin(each) for each in tensors}
-        out = self._result_geometry(func, args, kwargs, twins, reads + tuple([view(each) for each in changed]))
-        for each in changed:
-            if self._follow_resize(each):
-                views[id(each)] = self.ledger.view(each)
+        out = self._result_geometry(func, args, kwargs, twins, views)
+        resized = [each for each in changed if each.shape != twins[id(each)].shape]  # the targets of an `out=`
+        if resized and self._nbytes(views.values()) <= _LEARNED_BYTES:
+            self._learned_geometry(func, args, kwargs, twins, views)  # torch's meta kernels forget the strides here
+        for each in resized:
+            self._follow_resize(each, twins[id(each)])
+            views[id(each)] = self.ledger.view(each)
         writes = tuple([view(each) for each in changed])
         originals = {id(twins[id(each)]): each for each in tensors}
         result, outputs = self._received(out, originals, device)
@@ -326,12 +334,11 @@ class Tape(TorchDispatchMode):
             self.values.refresh(writes)
         return result
 
-    def _follow_resize(self, target: torch.Tensor) -> bool:
-        """Give the target of an `out=` the geometry that the operator has just given to its twin; whether it is another one."""
-        if not isinstance(target, Traced) or target._twin.shape == target.shape:
-            return False
-        target._mirror(wrap(target._twin.detach(), target.device))
-        return True
+    def _follow_resize(self, target: torch.Tensor, twin: torch.Tensor) -> None:
+        """Give the target of an `out=` the geometry that the operator has given to its twin."""
+        if not isinstance(target, Traced):
+            raise TraceError(f"an operator gives a tensor from outside the constructor another shape ({here()}); pass in a copy")
+        target._mirror(wrap(twin.detach(), target.device))
 
     def _received(
         self, out: Any, originals: dict[int, torch.Tensor], device: torch.device
@@ -351,14 +358,14 @@ class Tape(TorchDispatchMode):
 
         return mapped(out, receive), tuple(outputs)
 
-    def _result_geometry(self, func: Any, args: Any, kwargs: Any, twins: dict[int, torch.Tensor], inputs: Sequence[View]) -> Any:
+    def _result_geometry(self, func: Any, args: Any, kwargs: Any, twins: dict[int, torch.Tensor], views: dict[int, View]) -> Any:
         """What the operator returns, on the meta device; where there is no meta kernel, learned from the real one."""
 
         def twin(tensor: torch.Tensor) -> torch.Tensor:
             return twins[id(tensor)]
 
-        if checks_values(func) and self._nbytes(inputs) <= _CHECKED_BYTES:
-            return self._learned_geometry(func, args, kwargs, inputs)
+        if checks_values(func) and self._nbytes(views.values()) <= _CHECKED_BYTES:
+            return self._learned_geometry(func, args, kwargs, twins, views)
         rest, options = without_generator(mapped(args, twin), on_meta(mapped_kwargs(kwargs, twin)))
         if not twins:
             options["device"] = META
@@ -366,24 +373,28 @@ class Tape(TorchDispatchMode):
             with torch.no_grad():
                 return func(*rest, **options)
         except Exception:
-            if self._nbytes(inputs) > _LEARNED_BYTES:
+            if self._nbytes(views.values()) > _LEARNED_BYTES:
                 raise
-        return self._learned_geometry(func, args, kwargs, inputs)
+        return self._learned_geometry(func, args, kwargs, twins, views)
 
-    def _nbytes(self, inputs: Sequence[View]) -> int:
+    def _nbytes(self, inputs: Iterable[View]) -> int:
         return sum(self.ledger.records[view.storage].nbytes for view in inputs)
 
-    def _learned_geometry(self, func: Any, args: Any, kwargs: Any, inputs: Sequence[View]) -> Any:
-        """Run the operator on real values: either it raises eager's own error, or its result has the geometry."""
-        with self.values.real(inputs) as real, torch.no_grad(), generators_kept():
-            copies = {view: real.open(view).clone() for view in inputs}
-            twins = {id(copy): self.ledger.twin_of_view(view) for view, copy in copies.items()}
+    def _learned_geometry(self, func: Any, args: Any, kwargs: Any, twins: dict[int, torch.Tensor], views: dict[int, View]) -> Any:
+        """Run the operator on real values: either it raises eager's own error, or its results have the geometry."""
+        with self.values.real(views.values()) as real, torch.no_grad(), generators_kept():
+            copies = {key: real.open(view).clone() for key, view in views.items()}
+            known = {id(copies[key]): twin for key, twin in twins.items()}
 
             def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-                return copies[self.ledger.view(tensor)]
+                return copies[id(tensor)]
 
             rest, options = without_generator(mapped(args, copy_of), mapped_kwargs(kwargs, copy_of))
-            return mapped(func(*rest, **options), lambda each: twins[id(each)] if id(each) in twins else _meta_like(each))
+            out = func(*rest, **options)
+            for key, copy in copies.items():
+                if copy.shape != views[key].size:
+                    twins[key].resize_(copy.shape).as_strided_(copy.shape, copy.stride())
+            return mapped(out, lambda each: known[id(each)] if id(each) in known else _meta_like(each))
 
 
 def _check_strided(tensor: torch.Tensor) -> None:
