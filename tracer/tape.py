@@ -44,6 +44,9 @@ _LEARNED_BYTES = 2**30
 _CHECKED_BYTES = 2**20
 
 
+_Twins = dict[int, torch.Tensor]  # the meta tensors that stand for a call's operands, by the operands' ids
+
+
 class Tape(TorchDispatchMode):
     """Records one constructor; `states` are the generators' states that it starts from, by device."""
 
@@ -310,11 +313,8 @@ class Tape(TorchDispatchMode):
         twins = {id(each): self.ledger.twin(each) for each in tensors}
         out = self._result_geometry(func, args, kwargs, twins, views)
         resized = [each for each in changed if each.shape != twins[id(each)].shape]  # the targets of an `out=`
-        if resized and self._nbytes(views.values()) <= _LEARNED_BYTES:
-            self._learned_geometry(func, args, kwargs, twins, views)  # torch's meta kernels forget the strides here
-        for each in resized:
-            self._follow_resize(each, twins[id(each)])
-            views[id(each)] = self.ledger.view(each)
+        if resized:
+            self._follow_resize(func, args, kwargs, twins, views, resized)
         writes = tuple([view(each) for each in changed])
         originals = {id(twins[id(each)]): each for each in tensors}
         result, outputs = self._received(out, originals, device)
@@ -334,11 +334,18 @@ class Tape(TorchDispatchMode):
             self.values.refresh(writes)
         return result
 
-    def _follow_resize(self, target: torch.Tensor, twin: torch.Tensor) -> None:
-        """Give the target of an `out=` the geometry that the operator has given to its twin."""
-        if not isinstance(target, Traced):
-            raise TraceError(f"an operator gives a tensor from outside the constructor another shape ({here()}); pass in a copy")
-        target._mirror(wrap(twin.detach(), target.device))
+    def _follow_resize(
+        self, func: Any, args: Any, kwargs: Any, twins: _Twins, views: dict[int, View], resized: list[torch.Tensor]
+    ) -> None:
+        """Give the targets of an `out=` the geometry that the operator gives them."""
+        if not all(isinstance(each, Traced) for each in resized):
+            raise TraceError(f"{func} gives a tensor from outside the constructor another shape ({here()}); pass in a copy")
+        if self._nbytes(views.values()) <= _LEARNED_BYTES:
+            self._learned_geometry(func, args, kwargs, twins, views)  # torch's meta kernels forget the strides here
+        for each in resized:
+            assert isinstance(each, Traced)
+            each._mirror(wrap(twins[id(each)].detach(), each.device))
+            views[id(each)] = self.ledger.view(each)
 
     def _received(
         self, out: Any, originals: dict[int, torch.Tensor], device: torch.device
@@ -358,7 +365,7 @@ class Tape(TorchDispatchMode):
 
         return mapped(out, receive), tuple(outputs)
 
-    def _result_geometry(self, func: Any, args: Any, kwargs: Any, twins: dict[int, torch.Tensor], views: dict[int, View]) -> Any:
+    def _result_geometry(self, func: Any, args: Any, kwargs: Any, twins: _Twins, views: dict[int, View]) -> Any:
         """What the operator returns, on the meta device; where there is no meta kernel, learned from the real one."""
 
         def twin(tensor: torch.Tensor) -> torch.Tensor:
@@ -380,7 +387,7 @@ class Tape(TorchDispatchMode):
     def _nbytes(self, inputs: Iterable[View]) -> int:
         return sum(self.ledger.records[view.storage].nbytes for view in inputs)
 
-    def _learned_geometry(self, func: Any, args: Any, kwargs: Any, twins: dict[int, torch.Tensor], views: dict[int, View]) -> Any:
+    def _learned_geometry(self, func: Any, args: Any, kwargs: Any, twins: _Twins, views: dict[int, View]) -> Any:
         """Run the operator on real values: either it raises eager's own error, or its results have the geometry."""
         with self.values.real(views.values()) as real, torch.no_grad(), generators_kept():
             copies = {key: real.open(view).clone() for key, view in views.items()}
