@@ -29,6 +29,7 @@ def torch_patched(tape: Tape) -> Iterator[None]:
             (nn.init, "_no_grad_trunc_normal_", _trunc_normal(tape)),
             (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
             (nn.Parameter, "__new__", staticmethod(_new_parameter)),
+            (torch.backends.cudnn, "is_acceptable", _is_acceptable),
         ):
             stack.enter_context(replaced(owner, name, replacement))
         for loader in _loaders():
@@ -41,6 +42,7 @@ def torch_patched(tape: Tape) -> Iterator[None]:
 _original_trunc_normal = nn.init._no_grad_trunc_normal_
 _original_make_subclass = torch.Tensor._make_subclass
 _original_new_parameter = nn.Parameter.__new__
+_original_is_acceptable = torch.backends.cudnn.is_acceptable
 
 
 def _trunc_normal(tape: Tape) -> Any:
@@ -69,6 +71,11 @@ def _new_parameter(cls: type, data: Any = None, requires_grad: bool = True) -> A
     parameter = rewrap(data, type(data), requires_grad)
     parameter._is_param = True  # as torch marks the parameters made of tensors of another class
     return parameter
+
+
+def _is_acceptable(tensor: torch.Tensor) -> bool:
+    """Recurrent layers on CUDA move their weights into one buffer if cuDNN is there: a second storage that only cuDNN sees."""
+    return not isinstance(tensor, Traced) and bool(_original_is_acceptable(tensor))  # type: ignore[no-untyped-call]
 
 
 @cache
