@@ -261,6 +261,7 @@ def reset(self: Any) -> None:
     self.register_buffer("out", torch.empty(0))
     torch.add(torch.ones(3), torch.ones(3), out=self.out)
     self.squeezed = torch.rand(1, 3).squeeze_()
+    self.sized = nn.Linear(self.other.dim(), self.squeezed.dim() + len(self.out))
 
 
 @behavior("legacy constructors")

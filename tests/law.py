@@ -143,6 +143,8 @@ def assert_same_parts(plan: gp.Plan, expected: Any, seed: int) -> None:
         for what in ("shape", "dtype", "device", "requires_grad"):
             _assert_equal(name, f"{what} of the part", getattr(tensors[name], what), getattr(found[name], what))
         _assert_same_bits(name, tensors[name], found[name])
+    for name in names if len(names) <= 8 else names[-1:]:
+        _assert_same_bits(f"{name}, asked for alone", tensors[name], plan.materialize_state([name], seed=seed)[name])
 
 
 def _assert_forms(plan: gp.Plan) -> None:
