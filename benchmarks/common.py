@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -48,7 +49,55 @@ def default_of(model: str, config: str, **changes: Any) -> Build:
     return lambda: kind(options)
 
 
+def many_linears(num_hidden_layers: int = 45_000) -> Build:
+    """As many `nn.Linear`s: a trace of nothing but small steps."""
+    return lambda: nn.Sequential(*[nn.Linear(64, 64) for _ in range(num_hidden_layers)])
+
+
+def stack_of_layers(num_hidden_layers: int = 96) -> Build:
+    """A GPT of torch.nn parts: embeddings, layers made one by one, a head that is tied to the embedding."""
+
+    def build() -> nn.Module:
+        model = nn.Module()
+        model.tokens, model.places = nn.Embedding(50_257, 1_600), nn.Embedding(1_024, 1_600)
+        layers = [nn.TransformerEncoderLayer(1_600, 25, 6_400, norm_first=True) for _ in range(num_hidden_layers)]
+        model.layers, model.norm = nn.ModuleList(layers), nn.LayerNorm(1_600)
+        model.head = nn.Linear(1_600, 50_257, bias=False)
+        model.head.weight = model.tokens.weight
+        return model
+
+    return build
+
+
+def copied_layers(num_hidden_layers: int = 96) -> Build:
+    """The same number of layers as `nn.TransformerEncoder` makes them: copies of one."""
+    return lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(1_600, 25, 6_400), num_hidden_layers)
+
+
+def separate_experts(**changes: Any) -> Build:
+    """DeepSeek-V3 with every expert a module of its own, as it was published: 44,544 more `nn.Linear`s."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as code
+
+    build = published("deepseek-v3", **changes)
+
+    def experts(config: Any) -> nn.ModuleList:
+        return nn.ModuleList(code.DeepseekV3MLP(config, config.moe_intermediate_size) for _ in range(config.n_routed_experts))
+
+    def patched() -> nn.Module:
+        with (
+            mock.patch.object(code, "DeepseekV3Experts", experts),
+            mock.patch.object(code.DeepseekV3PreTrainedModel, "_init_weights", code.PreTrainedModel._init_weights),
+        ):
+            return build()
+
+    return patched
+
+
 MODELS: dict[str, Callable[..., Build]] = {
+    "nn.Linear x 45,000": many_linears,
+    "torch.nn GPT, 96 layers": stack_of_layers,
+    "nn.TransformerEncoder, 96 layers": copied_layers,
+    "DeepSeek-V3, 44,544 expert Linears": separate_experts,
     "Llama-3.1-405B": lambda **changes: published("llama-3.1-405b", **changes),
     "DeepSeek-V3": lambda **changes: published("deepseek-v3", **changes),
     "Llama-3.2-1B": lambda **changes: published("llama-3.2-1b", **changes),

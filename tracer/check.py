@@ -9,7 +9,7 @@ import networkx as nx
 
 from .digraph import covers, overwrites_all, owner_name
 from .errors import GraphError
-from .graph import Op, ParamGraph, View
+from .graph import Op, ParamGraph, TensorNode, View
 
 DIGRAPH_LIMIT = 200
 """The digraph is built and checked for graphs of fewer ops than this; the rest of the check is fast at any size."""
@@ -137,11 +137,14 @@ def _check_order(graph: ParamGraph) -> None:
 
 @dataclass(slots=True)
 class _Written:
-    """What a storage holds at one moment: the last whole overwrite, and the bytes of the writes to parts of it since."""
+    """A storage after writes to parts of it: the last whole overwrite, the last write, and the bytes of all those parts."""
 
     whole: Op | None = None
     last: tuple[Op, View] | None = None
     since: int = 0
+
+
+_Held = dict[int, Op | _Written]  # by storage; the op itself where one has just overwritten all of it
 
 
 def _check_liveness(graph: ParamGraph) -> None:
@@ -151,41 +154,50 @@ def _check_liveness(graph: ParamGraph) -> None:
     since then are too small to hide it.
     """
     nbytes = {storage.index: storage.nbytes for storage in graph.storages}
-    held: dict[int, _Written] = {}
+    held: _Held = {}
     for op in graph.ops:
         if op.unread and op.live:
             raise GraphError(f"op {op.index} ({op.name}) is live and unread at once; what nothing reads is dead")
         if op.live:
             for view in op.reads:
-                _check_writers(f"op {op.index} ({op.name})", view, held, nbytes)
+                _check_writers(op, view, held, nbytes)
         for view in op.targets:
             _write(op, view, held, nbytes[view.storage])
     for tensor in graph.tensors:
-        _check_writers(tensor.name, tensor.view, held, nbytes)
+        _check_writers(tensor, tensor.view, held, nbytes)
 
 
-def _write(op: Op, view: View, held: dict[int, _Written], nbytes: int) -> None:
+def _write(op: Op, view: View, held: _Held, nbytes: int) -> None:
     if overwrites_all(op, view, nbytes):
-        held[view.storage] = _Written(op, (op, view))
+        held[view.storage] = op
         return
-    now = held.setdefault(view.storage, _Written())
+    now = held.get(view.storage)
+    if not isinstance(now, _Written):
+        now = held[view.storage] = _Written(now)
     now.last = (op, view)
     if op.overwrites:
         now.since += view.nbytes
 
 
-def _check_writers(reader: str, view: View, held: Mapping[int, _Written], nbytes: Mapping[int, int]) -> None:
+def _check_writers(reader: Op | TensorNode, view: View, held: _Held, nbytes: Mapping[int, int]) -> None:
     now = held.get(view.storage)
-    if now is None or now.last is None or 0 in view.size:
+    if now is None or 0 in view.size:
         return
-    whole = covers(view, nbytes[view.storage])
-    last, target = now.last
-    needed = [last] if 0 not in target.size and (whole or target == view or covers(target, nbytes[view.storage])) else []
-    if now.whole is not None and whole and now.since < nbytes[view.storage]:
-        needed.append(now.whole)
-    for op in needed:
+    for op in (now,) if isinstance(now, Op) else _needed(now, view, nbytes[view.storage]):
         if not op.live:
-            raise GraphError(f"{reader} depends on op {op.index} ({op.describe()}), which is marked dead")
+            who = f"op {reader.index} ({reader.name})" if isinstance(reader, Op) else reader.name
+            raise GraphError(f"{who} depends on op {op.index} ({op.describe()}), which is marked dead")
+
+
+def _needed(now: _Written, view: View, nbytes: int) -> Iterator[Op]:
+    """The ops that what `view` shows surely depends on."""
+    whole = covers(view, nbytes)
+    if now.last is not None:
+        last, target = now.last
+        if 0 not in target.size and (whole or target == view or covers(target, nbytes)):
+            yield last
+    if now.whole is not None and whole and now.since < nbytes:
+        yield now.whole
 
 
 # -- the digraph --------------------------------------------------------------------------------------------------------

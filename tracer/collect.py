@@ -68,19 +68,26 @@ def _joined(prefix: str, name: str) -> str:
 def _tensors(modules: Mapping[int, nn.Module], owners: _Names, ledger: Ledger) -> list[TensorNode]:
     """Parameters first, then buffers, then other tensors; one that is several of these counts as the first."""
     names: _Names = {}
-    found: list[tuple[torch.Tensor, Kind, bool]] = []
-    seen: set[int] = set()
+    found: dict[Kind, dict[int, torch.Tensor]] = {}
+    passing: set[int] = set()
     for kind, members in _MEMBERS.items():
-        first = len(found)
+        mine: dict[int, torch.Tensor] = {}
         for key, module in modules.items():
             for name, tensor, persistent in members(module):
-                if id(tensor) in seen:
-                    continue
-                if id(tensor) not in names:
-                    found.append((tensor, kind, persistent))
-                names[id(tensor)] = names.get(id(tensor), ()) + tuple([_joined(prefix, name) for prefix in owners[key]])
-        seen.update([id(tensor) for tensor, _, _ in found[first:]])
-    return [_node(tensor, kind, persistent, names[id(tensor)], ledger) for tensor, kind, persistent in found]
+                place = id(tensor)
+                if place not in mine:
+                    if place in names:
+                        continue
+                    mine[place] = tensor
+                    if not persistent:
+                        passing.add(place)
+                names[place] = names.get(place, ()) + tuple([_joined(prefix, name) for prefix in owners[key]])
+        found[kind] = mine
+    return [
+        _node(tensor, kind, place not in passing, names[place], ledger)
+        for kind, mine in found.items()
+        for place, tensor in mine.items()
+    ]
 
 
 def _parameters(module: nn.Module) -> Iterable[_Member]:

@@ -40,6 +40,7 @@ from .traced import FAKE, META, Hooks, Traced, has_own_rules, hooks, meta_over, 
 from .values import Values
 
 _DEVICE = torch.ops.prim.device.default
+_STRIDED = (None, torch.strided)
 _LEARNED_BYTES = 2**30
 _CHECKED_BYTES = 2**20
 
@@ -116,9 +117,10 @@ class Tape(TorchDispatchMode):
             device = result_device(tensors_in(args, kwargs), kwargs)
             if device.type == "meta":
                 return func(*args, **kwargs)
-        if kwargs.get("layout") not in (None, torch.strided) or any(map(is_opaque, tensors_in(args, {}))):
+        plain = func is aten.empty.memory_format
+        if kwargs.get("layout") not in _STRIDED or (not plain and any(map(is_opaque, tensors_in(args, {})))):
             return self.opaque.call(func, args, kwargs)
-        rest = args if func is aten.empty.memory_format else mapped(args, self.ledger.twin)
+        rest = args if plain else mapped(args, self.ledger.twin)
         twin = func(*rest, **{**kwargs, "device": META, "pin_memory": False})
         self.ledger.adopt(twin, device)
         return wrap(twin, device)
