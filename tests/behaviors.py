@@ -185,9 +185,14 @@ def lazy(self: Any) -> None:
     self.norm(torch.rand(2, 5))
 
 
+class Adds(nn.Module):
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value + torch.tensor([1.0, 2.0, 3.0]).to(value.device) + torch.as_tensor(2)
+
+
 @behavior("a scripted submodule")
 def scripted(self: Any) -> None:
-    self.inner = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    self.inner = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), Adds()))
     self.after = nn.Linear(3, 3)
 
 

@@ -3,6 +3,7 @@
 * `trace`: the verb, `trace_constructor(build, ...) -> ParamGraph`;
 * `graph`: the noun, frozen records of modules, tensors, storages and ops; `check` is its checker;
 * `tape`, `traced`, `schema`, `sites`, `streams`, `patches`: how a running constructor is written down;
+* `opaque`, `imagined`: tensors without plain memory, and CUDA where there is none;
 * `liveness`, `coverage`, `replay`, `draws`: what the tape says about values, and how to get some of them;
 * `describe`, `digraph`, `fingerprint`: the graph in other forms.
 """

@@ -66,7 +66,9 @@ def cuda_imagined(tape: Recorder) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for owner, name, replacement in _replacements(tape):
+                original = getattr(owner, name)
                 stack.enter_context(replaced(owner, name, replacement))
+                stack.enter_context(_scriptable(replacement, original))
             yield
     finally:
         _current.pop()
@@ -84,6 +86,19 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, own)
+
+
+@contextmanager
+def _scriptable(replacement: Any, original: Any) -> Iterator[None]:
+    """Let `torch.jit.script`, which knows torch's functions by identity, take the one for the other."""
+    table = torch.jit._builtins._get_builtin_table()
+    operator = table.get(id(original))
+    if operator is not None:
+        table[id(replacement)] = operator
+    try:
+        yield
+    finally:
+        table.pop(id(replacement), None)
 
 
 def _replacements(tape: Recorder) -> list[tuple[Any, str, Any]]:

@@ -114,7 +114,8 @@ class Ledger:
     def adopt_constant(self, memory: torch.Tensor, like: torch.Tensor, device: torch.device) -> Record:
         """Enter a storage with known contents, the bytes `memory`, which are described as having the geometry of `like`."""
         constant = Constant(tuple(like.shape), like.dtype, digest_of(memory), memory)
-        return self.adopt(torch.empty(memory.numel(), dtype=torch.uint8, device=META), device, constant)
+        nbytes = memory.nbytes  # not `numel()`, which torch.jit.trace would take for a value of its own
+        return self.adopt(torch.empty(nbytes, dtype=torch.uint8, device=META), device, constant)
 
     def outside(self, storage: torch.UntypedStorage, like: torch.Tensor | None = None) -> Record:
         """The record of a real storage: its contents are noted when it is first used."""
