@@ -157,6 +157,7 @@ class Plan:
         seed: int | None = None,
         *,
         uninitialized: str = "error",
+        threads: int | None = None,
         progress: bool | ProgressCallback = True,
     ) -> Any:
         """Build the module, with the values that the eager constructor gives, bit for bit; any number of times.
@@ -173,10 +174,10 @@ class Plan:
         True
         """
         with _shown(progress, self.memory().phases["construct"]) as callback:
-            return materialize(self._bound, self.decisions, seed, uninitialized, callback)
+            return materialize(self._bound, self.decisions, seed, uninitialized, callback, threads)
 
     def materialize_state(
-        self, names: Iterable[str], seed: int | None = None, *, uninitialized: str = "error"
+        self, names: Iterable[str], seed: int | None = None, *, uninitialized: str = "error", threads: int | None = None
     ) -> dict[str, torch.Tensor]:
         """The tensors called `names` only, with the values that `materialize(seed)` gives them, each from its own recipe.
 
@@ -187,7 +188,7 @@ class Plan:
         >>> torch.equal(bias, plan.materialize(seed=0).bias)
         True
         """
-        return materialize_state(self._bound, self.decisions, names, seed, uninitialized)
+        return materialize_state(self._bound, self.decisions, names, seed, uninitialized, threads)
 
     @property
     def _bound(self) -> Build:

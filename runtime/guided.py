@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..tracer.arguments import is_plain_meta, tensors_in
-from ..tracer.draws import skip, words
+from ..tracer.arguments import generator_in, is_plain_meta, tensors_in
+from ..tracer.draws import REDRAWS, draw_of_call
 from ..tracer.graph import Op, ParamGraph
 from ..tracer.liveness import is_anchor
 from ..tracer.opaque import is_opaque
-from ..tracer.schema import Kind, is_random, kind_of
+from ..tracer.places import Place
+from ..tracer.schema import Kind, aten, is_random, kind_of
 from ..tracer.traced import FAKE, has_own_rules
+from .fill import created
+from .filler import LARGE, Threaded, advance
+from .pages import prefer_huge_pages
 from .waiting import WaitingRoom
 
 _UNRECORDED = (Kind.EMPTY, Kind.LIFT, Kind.METADATA, Kind.GEOMETRY)
@@ -33,9 +37,10 @@ class Diverged(BaseException):
 class Guided(TorchDispatchMode):
     """Follows `graph`'s tape. `waits` lets fills wait; `zeros` gives memory that nothing initializes the value 0."""
 
-    def __init__(self, graph: ParamGraph, waits: bool, zeros: bool, progress: Callable[[int], None]) -> None:
+    def __init__(self, graph: ParamGraph, filler: Threaded, waits: bool, zeros: bool, progress: Callable[[int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.waiting = WaitingRoom(progress)
+        self.waiting = WaitingRoom(filler, progress)
+        self._filler = filler
         self._ops = [op for op in graph.ops if not _is_host(op)]
         self._next = 0
         self._following = True
@@ -74,10 +79,14 @@ class Guided(TorchDispatchMode):
             op = self._follow(func, kind, args, kwargs)
             if op is not None and op.unread and not (args[0].is_conj() or args[0].is_neg()):
                 return torch.empty_like(*args, **kwargs)  # a clone that nothing reads: the memory without the values
+            if op is not None and op.random and (out := self._create(op, args, kwargs)) is not None:
+                return out
         tensors = list(tensors_in(args, kwargs)) if len(self.waiting) else []
         if kind is Kind.VIEW:
             with self.waiting.geometry_only(tensors):
                 return func(*args, **kwargs)
+        if tensors and func is aten._to_copy.default and (converted := self._convert(*args, **kwargs)) is not None:
+            return converted
         for tensor in tensors:
             self.waiting.fill(tensor)
         out = func(*args, **kwargs)
@@ -118,14 +127,46 @@ class Guided(TorchDispatchMode):
         if op is None:
             return func(*args, **kwargs)
         self._check_same(op, target, args[1:])
-        if op.unread and self._leave_out(func, target, generator):
+        if op.unread and self._leave_out(func, target, args[1:], generator):
             return target
         if self._may_wait(op, target) and self.waiting.take(func, target, args[1:], generator):
             return target
         self.waiting.fill(target)
-        func(*args, **kwargs)
+        if not (is_random(func) and self._draw(func, target, args[1:], generator)):
+            prefer_huge_pages(target.untyped_storage())
+            func(*args, **kwargs)
         self._progress(target.nbytes)
         return target
+
+    def _draw(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: torch.Generator | None) -> bool:
+        """Fill a large tensor in pieces; False, and nothing is done, where torch is to do it."""
+        if target.numel() < LARGE or target.device.type != "cpu":
+            return False
+        source = generator or torch.default_generator
+        end = self._filler.fill(func, target, args, Place.at(source.get_state()))
+        if end is not None:
+            source.set_state(end.state())
+        return end is not None
+
+    def _create(self, op: Op, args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """A large new tensor of random numbers (`torch.randn`), filled in pieces; None where torch is to make it."""
+        view = op.targets[0]
+        if view.numel < LARGE or (call := created(op, args, kwargs)) is None:
+            return None
+        out, func, scalars = call
+        if not self._draw(func, out, scalars, generator_in(args, kwargs)):
+            func(out, *scalars, generator=generator_in(args, kwargs))
+        return out
+
+    def _convert(self, tensor: torch.Tensor, **options: Any) -> torch.Tensor | None:
+        """A waiting tensor's conversion to another dtype, done while it is drawn; None for any other call."""
+        dtype, kept = options.pop("dtype", None), options.pop("memory_format", None)
+        device = options.pop("device", None)
+        if dtype is None or kept not in (None, torch.preserve_format) or device not in (None, tensor.device):
+            return None
+        if any(options.values()) or not self.waiting.holds(tensor):
+            return None
+        return self.waiting.converted(tensor, dtype)
 
     def _check_same(self, op: Op, target: torch.Tensor, args: tuple[Any, ...]) -> None:
         view = op.writes[0]
@@ -140,17 +181,11 @@ class Guided(TorchDispatchMode):
             return False
         return self.waiting.holds(target) or self._first_writes.get(storage) == op.index
 
-    def _leave_out(self, func: Any, target: torch.Tensor, generator: torch.Generator | None) -> bool:
+    def _leave_out(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: torch.Generator | None) -> bool:
         """Leave out a fill that nothing reads, if its draws can be counted."""
         if not is_random(func):
             return True
-        if target.device.type != "cpu":
-            return False
-        count = words(func, target.dtype, target.numel(), target.is_contiguous())
-        if count is None:
-            return False
-        skip(count, generator or torch.default_generator)
-        return True
+        return target.device.type == "cpu" and advance(func, target, args, generator or torch.default_generator)
 
     def trunc_normal(self, original: Any, tensor: torch.Tensor, bounds: tuple[float, ...], generator: Any) -> torch.Tensor:
         """`trunc_normal_` is one op on the tape; what it is made of is not followed."""
@@ -161,13 +196,46 @@ class Guided(TorchDispatchMode):
             raise self._difference("trunc_normal_", op)
         self._check_same(op, tensor, bounds)
         self._next += 1
+        with _disable_current_modes():
+            done = self._truncate(op, tensor, bounds, generator)
+        if not done:
+            self._following = False
+            try:
+                original(tensor, *bounds, generator=generator)
+            finally:
+                self._following = True
+        self._progress(tensor.nbytes)
+        return tensor
+
+    def _truncate(self, op: Op, tensor: torch.Tensor, bounds: tuple[float, ...], generator: torch.Generator | None) -> bool:
+        """Do a `trunc_normal_` in pieces, leave it out or let it wait; False, and nothing is done, where torch is to do it."""
+        source = generator or torch.default_generator
+        if tensor.device.type != "cpu" or not REDRAWS:
+            self.waiting.fill(tensor)
+            return False
+        counted = draw_of_call(op.func, (tensor, *bounds), tensor.dtype, tensor.numel(), tensor.is_contiguous()) is not None
+        normal = aten.normal_.default
+        if counted and op.unread and self._leave_out(normal, tensor, bounds[:2], source):
+            return _written(tensor, 1)
+        if counted and self._may_wait(op, tensor) and self.waiting.take(normal, tensor, bounds[:2], source):
+            return _written(tensor, 1)
         self.waiting.fill(tensor)
-        self._following = False
-        try:
-            return original(tensor, *bounds, generator=generator)  # type: ignore[no-any-return]
-        finally:
-            self._following = True
-            self._progress(tensor.nbytes)
+        if counted:
+            return self._draw(normal, tensor, bounds[:2], source) and _written(tensor, 1)
+        done = self._filler.truncated(tensor, bounds, Place.at(source.get_state()))
+        if done is None:
+            return False
+        end, rounds = done
+        source.set_state(end.state())
+        return _written(tensor, min(rounds, 2))
+
+
+def _written(tensor: torch.Tensor, times: int) -> bool:
+    """Count writes that were done behind the back of a tensor's version counter."""
+    if not tensor.is_inference():
+        for _ in range(times):
+            torch.autograd.graph.increment_version(tensor)
+    return True
 
 
 def _is_host(op: Op) -> bool:

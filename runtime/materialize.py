@@ -28,8 +28,10 @@ from ..tracer.liveness import is_anchor
 from ..tracer.streams import generator_states, restore_generators
 from ..tracer.trace import Origin, trace_constructor
 from .check import check_devices, check_done, check_uninitialized, state_digest
+from .filler import Threaded
 from .guided import Diverged, Guided
 from .steps import apply_steps
+from .workers import Workers
 
 Progress = Callable[[int, int], None]
 
@@ -67,30 +69,35 @@ class Build:
 
 
 def materialize(
-    build: Build, decisions: Decisions, seed: int | None = None, uninitialized: str = "error", progress: Progress | None = None
+    build: Build,
+    decisions: Decisions,
+    seed: int | None = None,
+    uninitialized: str = "error",
+    progress: Progress | None = None,
+    threads: int | None = None,
 ) -> Any:
     """The module that `build()` returns, with the steps of `decisions` done to it, bit for bit as eager would have it.
 
     `seed` is as `torch.manual_seed(seed)` before; None draws from the global generators as they are. They are left as eager
-    leaves them. `progress(done, total)` is called with bytes. Raises `UninitializedError`, `MaterializeError`, or what the
-    constructor raises.
+    leaves them. `progress(done, total)` is called with bytes. `threads` draw random numbers; None: one for each usable core.
+    Raises `UninitializedError`, `MaterializeError`, or what the constructor raises.
     """
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
-    with one_at_a_time, _restored_on_failure():
+    with one_at_a_time, _restored_on_failure(), Workers(threads) as workers:
         if seed is not None:
             torch.manual_seed(seed)
         with _host_random_of(build.origin):
             build = build.under_current_state()
             check_uninitialized(build.graph, uninitialized)
-            return _run(build, decisions, uninitialized == "zero", progress)
+            return _run(build, decisions, Threaded(workers), uninitialized == "zero", progress)
 
 
-def _run(build: Build, decisions: Decisions, zeros: bool, progress: Progress | None) -> Any:
+def _run(build: Build, decisions: Decisions, filler: Threaded, zeros: bool, progress: Progress | None) -> Any:
     """The guided run; where the constructor turns out to behave differently from its trace, a plain one instead."""
     states, host = generator_states(), host_random_now()
     report = _Bytes(build.graph, progress)
-    mode = Guided(build.graph, bool(decisions.steps), zeros, report.add)
+    mode = Guided(build.graph, filler, bool(decisions.steps), zeros, report.add)
     try:
         built = _guided(build, decisions, mode)
     except Diverged:

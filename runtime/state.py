@@ -17,12 +17,19 @@ from ..tracer.replay import Replay
 from ..tracer.streams import generator_states, generators_kept
 from ..tracer.trace import trace_constructor
 from .check import check_devices, check_uninitialized
+from .filler import Threaded
 from .materialize import Build
 from .steps import apply_steps
+from .workers import Workers
 
 
 def materialize_state(
-    build: Build, decisions: Decisions, names: Iterable[str], seed: int | None = None, uninitialized: str = "error"
+    build: Build,
+    decisions: Decisions,
+    names: Iterable[str],
+    seed: int | None = None,
+    uninitialized: str = "error",
+    threads: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors called `names`, with the values that a full build would give them, by name; every one has memory of its own,
     except that names of one storage share it.
@@ -33,7 +40,7 @@ def materialize_state(
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
     names = [names] if isinstance(names, str) else list(names)
-    with one_at_a_time, generators_kept(), host_random_from(build.origin.host):
+    with one_at_a_time, generators_kept(), host_random_from(build.origin.host), Workers(threads) as workers:
         if seed is not None:
             torch.manual_seed(seed)
         build = build.under_current_state()
@@ -41,7 +48,7 @@ def materialize_state(
             build.graph.tensor(name)
         check_uninitialized(build.graph, uninitialized, set(names))
         graph = _with_casts(build, decisions)
-        found = _replayed(graph, names, uninitialized == "zero")
+        found = _replayed(graph, names, Threaded(workers), uninitialized == "zero")
     return {name: _placed(name, each, build.graph, decisions) for name, each in found.items()}
 
 
@@ -61,14 +68,14 @@ def _with_casts(build: Build, decisions: Decisions) -> ParamGraph:
         return trace_constructor(build_and_cast)[0]
 
 
-def _replayed(graph: ParamGraph, names: list[str], zeros: bool) -> dict[str, torch.Tensor]:
+def _replayed(graph: ParamGraph, names: list[str], filler: Threaded, zeros: bool) -> dict[str, torch.Tensor]:
     nodes = {name: graph.tensor(name) for name in names}
     for name, node in nodes.items():
         if node.opaque:
             raise MaterializeError(
                 f"{name} is a {node.type} tensor, which has no recipe of its own; take it from plan.materialize()"
             )
-    replay = Replay(graph.ops, graph.storages, generator_states(), zeros=zeros)
+    replay = Replay(graph.ops, graph.storages, generator_states(), zeros, filler)
     replay.run(dict.fromkeys(node.view.storage for node in nodes.values()))
     for node in nodes.values():
         constant = graph.storages[node.view.storage].constant

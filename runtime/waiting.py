@@ -1,8 +1,8 @@
 """Storages that wait: empty until something reads them, so that a model is never there twice.
 
 In a run that ends with a cast, a large storage is emptied as soon as it is filled for the first time; its fills are noted with
-the generator's state and done when something reads it (the cast does, one tensor at a time). The generator passes over a fill
-that waits.
+their places in the random stream and done when something reads it. The generator passes over a fill that waits. The cast itself
+need not even have the storage filled: the numbers are converted as they are drawn, a piece at a time.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Any
 import torch
 
 from ..planner.memory import WAITING_BYTES
-from ..tracer.draws import skip, words
+from ..tracer.graph import View
+from ..tracer.places import Place
 from ..tracer.schema import is_random
+from ..tracer.traced import view_of
+from .filler import Threaded, advance
 
 
 @dataclass(frozen=True, slots=True)
 class _Fill:
-    """One fill that waits: a call on a view of the storage, and the state of the generator it starts from."""
+    """One fill that waits: a call on a view of the storage, and the place in the stream that it starts from."""
 
     func: Any
-    alias: Callable[[torch.UntypedStorage], torch.Tensor]
+    like: View
     args: tuple[Any, ...]
-    generator: torch.Generator | None
-    state: torch.Tensor | None
+    start: Place | None
 
-    def run(self, storage: torch.UntypedStorage) -> None:
-        target = self.alias(storage)
-        if self.generator is None or self.state is None:
+    def run(self, storage: torch.UntypedStorage, filler: Threaded) -> None:
+        self.call(self.like.over(storage), filler)
+
+    def call(self, target: torch.Tensor, filler: Threaded) -> None:
+        """Do the same to `target`."""
+        if self.start is None:
             self.func(target, *self.args)
-            return
-        after = self.generator.get_state()
-        self.generator.set_state(self.state)
-        try:
-            self.func(target, *self.args, generator=self.generator)
-        finally:
-            self.generator.set_state(after)
+        elif filler.fill(self.func, target, self.args, self.start) is None:
+            self.func(target, *self.args, generator=self.start.generator())
 
 
 @dataclass(slots=True)
@@ -52,8 +52,9 @@ class _Waiting:
 class WaitingRoom:
     """The storages that wait at the moment, by their key; `filled` is told the bytes of each fill once it is done."""
 
-    def __init__(self, filled: Callable[[int], None]) -> None:
+    def __init__(self, filler: Threaded, filled: Callable[[int], None]) -> None:
         self._waiting: dict[int, _Waiting] = {}
+        self._filler = filler
         self._filled = filled
 
     def __len__(self) -> int:
@@ -65,16 +66,16 @@ class WaitingRoom:
         entry = self._waiting.get(storage._cdata)
         if entry is None and (storage.nbytes() < WAITING_BYTES or target.device.type != "cpu"):
             return False
-        source = (generator or torch.default_generator) if is_random(func) else None
-        count = words(func, target.dtype, target.numel(), target.is_contiguous()) if source is not None else 0
-        if count is None:
-            return False
+        start = None
+        if is_random(func):
+            source = generator or torch.default_generator
+            start = Place.at(source.get_state())
+            if not advance(func, target, args, source):
+                return False
         if entry is None:
             entry = self._waiting[storage._cdata] = _Waiting(storage, storage.nbytes())
             storage.resize_(0)
-        entry.fills.append(_Fill(func, _aliaser(target), args, source, source.get_state() if source else None))
-        if source is not None:
-            skip(count, source)
+        entry.fills.append(_Fill(func, view_of(target, 0), args, start))
         return True
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -87,9 +88,24 @@ class WaitingRoom:
             self._fill(_key(tensor))
 
     def fill_all(self) -> None:
-        """Fill whatever waits, one storage at a time."""
-        for key in list(self._waiting):
-            self._fill(key)
+        """Fill whatever waits, one storage at a time; what nobody else refers to any more is forgotten."""
+        for key, entry in list(self._waiting.items()):
+            if torch._C._storage_Use_Count(entry.storage._cdata) > 1:
+                self._fill(key)
+            else:
+                del self._waiting[key]
+
+    def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """`tensor.to(dtype)` for a waiting tensor, which goes on waiting; None where its last fill is not all there is to it."""
+        entry = self._waiting[_key(tensor)]
+        last = entry.fills[-1]
+        if last.like != view_of(tensor, 0) or tensor.nbytes != entry.nbytes:
+            return None
+        out = torch.empty_like(tensor, dtype=dtype)
+        if not self._filler.convert(last.func, last.args, last.start, tensor, out):
+            return None
+        self._filled(entry.nbytes)
+        return out
 
     @contextmanager
     def geometry_only(self, tensors: list[torch.Tensor]) -> Iterator[None]:
@@ -108,7 +124,7 @@ class WaitingRoom:
         entry.storage.resize_(entry.nbytes)
         with torch.no_grad():
             for fill in entry.fills:
-                fill.run(entry.storage)
+                fill.run(entry.storage, self._filler)
         self._filled(entry.nbytes)
 
 
@@ -118,13 +134,3 @@ def _key(tensor: torch.Tensor) -> int:
         return key
     except NotImplementedError:  # a sparse tensor has no storage of its own
         return -1
-
-
-def _aliaser(target: torch.Tensor) -> Callable[[torch.UntypedStorage], torch.Tensor]:
-    """Makes tensors like `target` over a storage: a write through one leaves the version counter of `target` alone."""
-    dtype, offset, size, stride = target.dtype, target.storage_offset(), target.shape, target.stride()
-
-    def alias(storage: torch.UntypedStorage) -> torch.Tensor:
-        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
-
-    return alias

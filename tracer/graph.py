@@ -60,6 +60,14 @@ class View(NamedTuple):
         """Bytes of the elements in view (an expanded element counts as often as it is seen)."""
         return self.numel * self.dtype.itemsize
 
+    def over(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        """A real tensor of this geometry over `storage`, with a version counter of its own."""
+        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
+        tensor.set_(storage, self.offset, self.size, self.stride)
+        if self.conj:
+            tensor = tensor.conj()
+        return tensor._neg_view() if self.neg else tensor
+
 
 class Frame(NamedTuple):
     """One line of Python on the way to an op."""

@@ -1,24 +1,41 @@
 """Replay: the values of some storages, from the slice of the tape that they depend on and nothing else.
 
-The random ops of the slice draw from torch's default generator, placed where the tape says: each op follows another one (or the
-state the constructor started from), so the ops in between are drawn as well, or skipped where their draws can be counted.
+The random ops of the slice draw from torch's default generator, placed where the tape says: each op follows another one, or the
+state the constructor started from. The ops in between are passed over by arithmetic where their draws are certain, and run
+otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .ambient import default_dtype_kept
-from .draws import skip, words
+from .draws import draw_of
 from .errors import TraceError
 from .graph import StreamPosition, View
 from .liveness import slice_indices
-from .streams import default_generator, generators_kept
+from .places import Place
+from .streams import default_generator, generators_kept, moved_on
+
+Spot = Place | torch.Tensor
+"""Where a generator stands: a place in the CPU's stream; on CUDA its state, which is only a seed and an offset."""
+
+
+class Filler:
+    """How a replay draws: what a faster one may take over from running every call whole, where its turn comes."""
+
+    def passed(self, op: Any, start: Place) -> Place | None:
+        """Where the CPU's stream stands after `op`, without its values; None where that takes running it."""
+        draw = draw_of(op)
+        return None if draw is None else start.after(draw)
+
+    def filled(self, op: Any, open_view: Callable[[View], torch.Tensor], start: Place) -> Place | None:
+        """Draw what `op` fills; None where it is to be called as it is."""
+        return None
 
 
 class Replay:
@@ -28,7 +45,12 @@ class Replay:
     """
 
     def __init__(
-        self, ops: Sequence[Any], records: Sequence[Any], states: Mapping[str, torch.Tensor], zeros: bool = False
+        self,
+        ops: Sequence[Any],
+        records: Sequence[Any],
+        states: Mapping[str, torch.Tensor],
+        zeros: bool = False,
+        filler: Filler | None = None,
     ) -> None:
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.ambient = False
@@ -36,7 +58,8 @@ class Replay:
         self._records = records
         self._states = states
         self._zeros = zeros
-        self._ends: dict[int, torch.Tensor] = {}
+        self._filler = filler or Filler()
+        self._ends: dict[int, Spot] = {}
         self._different: dict[int, str] = {}
 
     def run(self, wanted: Iterable[int]) -> None:
@@ -51,12 +74,7 @@ class Replay:
 
     def open(self, view: View) -> torch.Tensor:
         """The real tensor that `view` stands for."""
-        storage = self._storage(view.storage)
-        tensor = torch.empty(0, dtype=view.dtype, device=storage.device)
-        tensor.set_(storage, view.offset, view.size, view.stride)
-        if view.conj:
-            tensor = tensor.conj()
-        return tensor._neg_view() if view.neg else tensor
+        return view.over(self._storage(view.storage))
 
     # -- what to run ----------------------------------------------------------------------------------------------------
 
@@ -79,7 +97,7 @@ class Replay:
         needed = slice_indices(self._ops, self._nbytes, self._writers, wanted)
         while True:
             chain = self._chain(needed)
-            also = [index for index in chain if self._ops[index].reads]
+            also = [index for index in chain if self._ops[index].reads and draw_of(self._ops[index]) is None]
             if set(also) <= set(needed):
                 return needed, chain
             needed = slice_indices(self._ops, self._nbytes, self._writers, wanted, [*needed, *also])
@@ -98,17 +116,13 @@ class Replay:
 
     def _run_all(self, needed: Sequence[int], chain: Sequence[int], wanted: set[int]) -> None:
         needs, last_use = set(needed), self._last_uses(needed)
-        branches = self._branch_points(chain)
         for index in sorted({*needed, *chain}):
             op = self._ops[index]
-            if op.position is not None:
-                self._place(op.position)
-            if index in needs:
+            if op.position is None:
                 self._call(op)
             else:
-                self._pass_over(op)
-            if index in branches:
-                self._ends[index] = default_generator(op.position.device).get_state()
+                start = self._start(op.position)
+                self._ends[index] = self._drawn(op, start) if index in needs else self._passed_over(op, start)
             for storage in last_use.get(index, ()):
                 if storage not in wanted:
                     self.storages.pop(storage, None)
@@ -124,24 +138,49 @@ class Replay:
             uses.setdefault(index, []).append(storage)
         return uses
 
-    def _branch_points(self, chain: Sequence[int]) -> set[int]:
-        """The random ops that are not simply followed by the next one of the chain: their end states are kept."""
-        followed = {later for earlier, later in pairwise(chain) if self._ops[later].position.op == earlier}
-        return {op for later in chain if later not in followed and (op := self._ops[later].position.op) is not None}
-
-    def _place(self, position: StreamPosition) -> None:
+    def _start(self, position: StreamPosition) -> Spot:
+        """Where in its stream an op starts."""
         if position.device not in self._states and torch.device(position.device).type != "cpu":
             raise TraceError(f"the values depend on the random stream of {position.device}, which this machine does not have")
-        generator = default_generator(position.device)
-        if position.origin == "ambient":
-            generator.set_state(self._states[position.device])
+        if position.op is not None:
+            return self._ends[position.op]
+        state = self._states.get(position.device)
+        if position.state is not None:
+            state = torch.frombuffer(bytearray(position.state), dtype=torch.uint8)
         elif position.origin == "explicit":
-            if position.state is None:
-                generator.manual_seed(position.seed or 0)
-            else:
-                generator.set_state(torch.frombuffer(bytearray(position.state), dtype=torch.uint8))
-        elif (end := self._ends.get(position.op or 0)) is not None:
-            generator.set_state(end)
+            state = torch.Generator(torch.device(position.device)).manual_seed(position.seed or 0).get_state()
+        assert state is not None
+        return Place.known(state) if position.device == "cpu" else state
+
+    def _drawn(self, op: Any, start: Spot) -> Spot:
+        """Run an op that draws; where its generator stands afterwards."""
+        end = self._filler.filled(op, self.open, start) if isinstance(start, Place) else None
+        if end is not None:
+            return end
+        generator = default_generator(op.position.device)
+        generator.set_state(start.state() if isinstance(start, Place) else start)
+        self._call(op)
+        if not isinstance(start, Place):
+            return generator.get_state()
+        draw = draw_of(op)
+        if draw is None:
+            return Place.at(generator.get_state())
+        end = start.after(draw)
+        end.reached(generator)
+        return end
+
+    def _passed_over(self, op: Any, start: Spot) -> Spot:
+        """Where the generator stands after an op whose values nobody wants."""
+        end: Spot | None = self._filler.passed(op, start) if isinstance(start, Place) else moved_on(op, start)
+        if end is not None:
+            return end
+        kept = {target.storage: self.storages.pop(target.storage, None) for target in op.targets}
+        end = self._drawn(op, start)
+        for index, storage in kept.items():
+            self.storages.pop(index, None)
+            if storage is not None:
+                self.storages[index] = storage
+        return end
 
     def _call(self, op: Any) -> None:
         torch.set_default_dtype(op.default_dtype)
@@ -169,23 +208,6 @@ class Replay:
             self.open(view._replace(conj=False, neg=False)).copy_(result)
         else:
             self.storages[view.storage] = result.untyped_storage()
-
-    def _pass_over(self, op: Any) -> None:
-        """Let the generator pass over an op whose values nobody wants."""
-        view = op.targets[0]
-        generator = default_generator(op.position.device)
-        count = None
-        if generator.device.type == "cpu":
-            count = words(op.func, view.dtype, view.numel, view.is_contiguous)
-        if count is not None:
-            skip(count, generator)
-            return
-        kept = {target.storage: self.storages.pop(target.storage, None) for target in op.targets}
-        self._call(op)
-        for index, storage in kept.items():
-            self.storages.pop(index, None)
-            if storage is not None:
-                self.storages[index] = storage
 
     def _storage(self, index: int) -> torch.UntypedStorage:
         storage = self.storages.get(index)

@@ -1,0 +1,142 @@
+"""`trunc_normal_` without its full-size rounds: only what is out of bounds is drawn again.
+
+torch (from 2.12 on) draws the whole tensor, then the whole tensor again for those elements that are out of bounds, until none
+is. An element's number in round r lies r - 1 fills further on in the stream, so every stretch of elements can be settled by
+itself. How many rounds there are, and so where the stream goes on, is what the slowest element takes: a *length* that only
+values tell, which is remembered for each state of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..tracer.draws import is_redrawn, is_trunc_normal
+from ..tracer.graph import Op
+from ..tracer.places import Place
+from ..tracer.schema import aten
+from .boxes import pieces
+from .fill import CHUNK, Fill, Pen
+from .workers import Workers
+
+_FEW = 8  # elements of a chunk: so few are drawn one by one, in their blocks
+_BLOCK = 16
+
+
+class Truncated:
+    """A `trunc_normal_` on elements that lie side by side: a normal fill that is repeated, and the bounds."""
+
+    def __init__(self, fill: Fill, low: float, high: float) -> None:
+        self.fill = fill
+        self.low, self.high = torch.tensor([low, high], dtype=fill.dtype, device="cpu").tolist()  # as torch compares them
+
+    @classmethod
+    def of(cls, args: tuple[float, ...], dtype: torch.dtype, numel: int, contiguous: bool) -> Truncated | None:
+        """The call with `args` (mean, std, a, b); None where it works otherwise, or is too small to be worth it."""
+        if not contiguous or numel < _BLOCK or not is_redrawn(args):
+            return None
+        mean, std, low, high = args
+        fill = Fill.of(aten.normal_.default, (mean, std), dtype, numel, True)
+        return None if fill is None else cls(fill, low, high)
+
+    @classmethod
+    def of_op(cls, op: Op) -> Truncated | None:
+        """The same for a recorded op."""
+        if not is_trunc_normal(op.func):
+            return None
+        view = op.targets[0]
+        return cls.of(op.args[1:], view.dtype, view.numel, view.is_contiguous)
+
+    def write(self, first: int, out: torch.Tensor, place: Place, workers: Workers) -> int:
+        """Write the elements from number `first` on into the row `out`; returns the rounds that these take."""
+        rounds: list[int] = []
+
+        def settle(piece: range) -> None:
+            rounds.append(self._settle(range(first + piece.start, first + piece.stop), out[piece.start : piece.stop], place))
+
+        workers.each(settle, pieces(out.numel(), workers))
+        return max(rounds, default=1)
+
+    def rounds(self, place: Place, workers: Workers) -> int:
+        """How many rounds the whole fill takes from `place`."""
+        found = self._known(place)
+        if found is None:
+            rounds: list[int] = []
+            workers.each(lambda piece: rounds.append(self._settle(piece, None, place)), pieces(self.fill.numel, workers))
+            found = self.remember(place, max(rounds))
+        return found
+
+    def after(self, place: Place, rounds: int) -> Place:
+        """Where the stream stands after so many rounds."""
+        for _ in range(rounds):
+            place = place.after(self.fill.draw)
+        return place
+
+    def _known(self, place: Place) -> int | None:
+        return place.stream.lengths.get((place.words, self._key))
+
+    def remember(self, place: Place, rounds: int) -> int:
+        """Note that the whole fill takes so many rounds from `place`."""
+        place.stream.lengths[place.words, self._key] = rounds
+        return rounds
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return self.fill.dtype, self.fill.numel, self.fill.args, self.low, self.high
+
+    # -- settling a stretch ---------------------------------------------------------------------------------------------
+
+    def _settle(self, stretch: range, out: torch.Tensor | None, place: Place) -> int:
+        """Draw a stretch of the elements, round after round; returns the rounds."""
+        pens = _Pens(self, place)
+        scratch = torch.empty(CHUNK, dtype=self.fill.dtype, device="cpu")
+        again = scratch.clone()
+        for start in range(stretch.start, stretch.stop, CHUNK):
+            count = min(CHUNK, stretch.stop - start)
+            chunk = scratch[:count] if out is None else out[start - stretch.start : start - stretch.start + count]
+            pens.write(0, start, chunk)
+            wrong = self._out_of_bounds(chunk).nonzero().view(-1)
+            number = 1
+            while len(wrong):
+                found = pens.some(number, start, wrong, again[:count])
+                chunk[wrong] = found
+                wrong = wrong[self._out_of_bounds(found)]
+                number += 1
+        return len(pens)
+
+    def _out_of_bounds(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.logical_or(values < self.low, values > self.high)
+
+
+class _Pens:
+    """A pen for each round of a `trunc_normal_`, made when it is first needed."""
+
+    def __init__(self, call: Truncated, place: Place) -> None:
+        self._call, self._place = call, place
+        self._pens: list[Pen] = []
+
+    def __len__(self) -> int:
+        return len(self._pens)
+
+    def write(self, number: int, first: int, out: torch.Tensor) -> None:
+        """Write the elements from `first` on as round `number` draws them."""
+        if number == len(self._pens):
+            self._pens.append(self._call.fill.pen(self._call.after(self._place, number), first))
+        pen = self._pens[number]
+        pen.skip(first - pen.at)
+        pen.write(out)
+
+    def some(self, number: int, first: int, wanted: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+        """The elements `wanted` of the chunk that starts with element `first`, as round `number` draws them."""
+        if len(wanted) > _FEW:
+            self.write(number, first, scratch)
+            return scratch.index_select(0, wanted)
+        for index in _blocks(wanted.tolist()):
+            self.write(number, first + index, scratch[index : index + _BLOCK])
+        return scratch.index_select(0, wanted)
+
+
+def _blocks(indices: Sequence[int]) -> list[int]:
+    """The starts of the blocks of 16 that hold some elements of a chunk, each once."""
+    return list(dict.fromkeys(index // _BLOCK * _BLOCK for index in indices))
