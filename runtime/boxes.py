@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,7 @@ from .fill import CHUNK, Fill, Pen
 from .workers import Workers
 
 Box = tuple[range, ...]
+Draws = Callable[[int, torch.Tensor], None]
 
 _PARALLEL = 1 << 20  # elements: what is smaller is not worth a second thread
 _GAP = 1 << 12  # elements: shorter gaps are drawn, as every stretch costs a few microseconds
@@ -54,88 +56,114 @@ def fill_box(fill: Fill, size: tuple[int, ...], box: Box, out: torch.Tensor, pla
     """
     if not out.numel():
         return
-    cut = max((dim for dim, part in enumerate(box) if part != range(size[dim])), default=None)
-    if cut is None or (box[cut].step == 1 and all(len(part) == 1 for part in box[:cut])):
-        first = sum(part.start * math.prod(size[dim + 1 :]) for dim, part in enumerate(box))
-        fill_stretch(fill, first, out.view(-1), place, workers)
+    rows = Rows.of(size, box)
+    if rows.is_one_stretch:
+        fill_stretch(fill, rows.first, out.view(-1), place, workers)
         return
-    rows = _Rows(fill, box[cut], size[cut], math.prod(size[cut + 1 :]))
-    starts = [index * rows.length for index in _row_numbers(size[:cut], box[:cut])]
-    target = out.view(len(starts), len(box[cut]), rows.inner)
+    starts, target = rows.starts, rows.shaped(out)
 
     def write(piece: range) -> None:
-        rows.write(fill.pen(place, starts[piece.start]), starts[piece.start : piece.stop], target[piece.start : piece.stop])
+        pen = fill.pen(place, starts[piece.start])
+        part = starts[piece.start : piece.stop], target[piece.start : piece.stop]
+        if rows.gap >= _GAP:
+            rows.write_stretches(*part, pen)
+        else:
+            rows.cut_out(*part, pen.write_at, fill.dtype)
 
-    drawn = len(starts) * rows.length
-    share = len(starts) if drawn < _PARALLEL else -(-len(starts) // workers.count)
+    share = len(starts) if len(starts) * rows.length < _PARALLEL else -(-len(starts) // workers.count)
     workers.each(write, [range(start, min(start + share, len(starts))) for start in range(0, len(starts), share)])
 
 
-def _row_numbers(size: tuple[int, ...], box: Box) -> Iterator[int]:
-    """The numbers of the rows that a box selects in the dims before the one that is cut."""
-    strides = [math.prod(size[dim + 1 :]) for dim in range(len(size))]
-    for index in itertools.product(*box):
-        yield sum(map(int.__mul__, index, strides))
+def cut_rows(size: tuple[int, ...], box: Box, out: torch.Tensor, draw: Draws, dtype: torch.dtype) -> None:
+    """The same as `fill_box` by way of `draw(first, row)`, which writes any elements, called in ascending order."""
+    rows = Rows.of(size, box)
+    rows.cut_out(rows.starts, rows.shaped(out), draw, dtype)
 
 
-class _Rows:
-    """Rows of `count` times `inner` elements, of which `part` of the `count` is wanted."""
+@dataclass(frozen=True)
+class Rows:
+    """A box as rows of `count` times `inner` elements that start with the elements `starts`, of which `part` of the `count`."""
 
-    def __init__(self, fill: Fill, part: range, count: int, inner: int) -> None:
-        self.fill, self.part, self.inner = fill, part, inner
-        self.length = count * inner
+    starts: list[int]
+    part: range
+    count: int
+    inner: int
 
-    def write(self, pen: Pen, starts: list[int], target: torch.Tensor) -> None:
-        """Write the wanted part of the rows that start with the elements `starts` into `target`, row after row."""
-        gap = self.length - len(self.part) * self.inner if self.part.step == 1 else (self.part.step - 1) * self.inner
-        if gap >= _GAP:
-            self._stretches(pen, starts, target)
-        else:
-            self._cut_out(pen, starts, target)
+    @classmethod
+    def of(cls, size: tuple[int, ...], box: Box) -> Rows:
+        """The rows of a tensor of shape `size` that `box` is cut out of: they go through the last dim that it does not fill."""
+        cut = max((dim for dim, part in enumerate(box) if part != range(size[dim])), default=0)
+        if not size:
+            return cls([0], range(1), 1, 1)
+        inner = math.prod(size[cut + 1 :])
+        strides = [math.prod(size[dim + 1 :]) for dim in range(cut)]
+        starts = [sum(map(int.__mul__, index, strides)) for index in itertools.product(*box[:cut])]
+        return cls(starts, box[cut], size[cut], inner)
 
-    def _stretches(self, pen: Pen, starts: list[int], target: torch.Tensor) -> None:
+    @property
+    def length(self) -> int:
+        """The elements of a row."""
+        return self.count * self.inner
+
+    @property
+    def first(self) -> int:
+        """The first element of the box."""
+        return self.starts[0] + self.part.start * self.inner
+
+    @property
+    def is_one_stretch(self) -> bool:
+        """Whether the box's elements lie side by side."""
+        return len(self.starts) == 1 and (self.part.step == 1 or len(self.part) == 1)
+
+    @property
+    def gap(self) -> int:
+        """The elements between two stretches."""
+        return self.length - len(self.part) * self.inner if self.part.step == 1 else (self.part.step - 1) * self.inner
+
+    def shaped(self, out: torch.Tensor) -> torch.Tensor:
+        """The box's tensor as rows of what is cut out of each."""
+        return out.view(len(self.starts), len(self.part), self.inner)
+
+    def write_stretches(self, starts: list[int], target: torch.Tensor, pen: Pen) -> None:
         """One stretch after the other, passing over what is between them."""
         if self.part.step == 1:
             firsts = [start + self.part.start * self.inner for start in starts]
-            rows = target.view(len(starts), -1).unbind()
+            stretches = target.view(len(starts), -1).unbind()
         else:
             firsts = [start + index * self.inner for start in starts for index in self.part]
-            rows = target.view(-1, self.inner).unbind()
-        for first, row in zip(firsts, rows, strict=True):
+            stretches = target.view(-1, self.inner).unbind()
+        for first, stretch in zip(firsts, stretches, strict=True):
             pen.skip(first - pen.at)
-            pen.run(row)
+            pen.run(stretch)
 
-    def _cut_out(self, pen: Pen, starts: list[int], target: torch.Tensor) -> None:
+    def cut_out(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype) -> None:
         """All elements around the wanted ones, as many rows at a time as fit into the cache, or a part of a long row."""
         if self.length <= CHUNK:
-            self._whole_rows(pen, starts, target)
+            self._cut_out_of_rows(starts, target, draw, dtype)
             return
         step = self.part.step
         at_once = max(1, CHUNK // (self.inner * step))
-        scratch = torch.empty(at_once * step * self.inner, dtype=self.fill.dtype, device="cpu")
+        scratch = torch.empty(at_once * step * self.inner, dtype=dtype, device="cpu")
         for start, row in zip(starts, target, strict=True):
             for number in range(0, len(self.part), at_once):
                 indices = self.part[number : number + at_once]
-                pen.skip(start + indices.start * self.inner - pen.at)
                 drawn = scratch[: (indices[-1] - indices.start + 1) * self.inner]
-                pen.write(drawn)
+                draw(start + indices.start * self.inner, drawn)
                 row[number : number + at_once] = drawn.view(-1, self.inner)[::step]
 
-    def _whole_rows(self, pen: Pen, starts: list[int], target: torch.Tensor) -> None:
+    def _cut_out_of_rows(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype) -> None:
         at_once = max(1, CHUNK // self.length)
-        scratch = torch.empty(at_once, self.length // self.inner, self.inner, dtype=self.fill.dtype, device="cpu")
+        scratch = torch.empty(at_once, self.count, self.inner, dtype=dtype, device="cpu")
         number = 0
         while number < len(starts):
-            count = _consecutive(starts, number, at_once, self.length)
-            pen.skip(starts[number] - pen.at)
-            pen.write(scratch[:count].view(-1))
+            count = self._consecutive(starts, number, at_once)
+            draw(starts[number], scratch[:count].view(-1))
             target[number : number + count] = scratch[:count, self.part.start : self.part.stop : self.part.step]
             number += count
 
-
-def _consecutive(starts: list[int], number: int, most: int, length: int) -> int:
-    """How many rows from `number` on lie one behind the other, `most` at the most."""
-    count = 1
-    while count < most and number + count < len(starts) and starts[number + count] == starts[number] + count * length:
-        count += 1
-    return count
+    def _consecutive(self, starts: list[int], number: int, most: int) -> int:
+        """How many rows from `number` on lie one behind the other, `most` at the most."""
+        count = 1
+        while count < most and number + count < len(starts) and starts[number + count] == starts[number] + count * self.length:
+            count += 1
+        return count

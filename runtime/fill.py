@@ -148,6 +148,11 @@ class Pen:
         """Pass over the next `count` elements."""
         raise NotImplementedError
 
+    def write_at(self, first: int, out: torch.Tensor) -> None:
+        """Write the elements from number `first` on, which is not behind, into `out`."""
+        self.skip(first - self.at)
+        self.write(out)
+
     def chunks(self, count: int) -> Iterator[int]:
         """How many elements to write at a time, `count` in all."""
         for start in range(0, count, CHUNK):

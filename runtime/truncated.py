@@ -53,7 +53,9 @@ class Truncated:
         rounds: list[int] = []
 
         def settle(piece: range) -> None:
-            rounds.append(self._settle(range(first + piece.start, first + piece.stop), out[piece.start : piece.stop], place))
+            settler = Settler(self, place)
+            settler.settle(first + piece.start, out[piece.start : piece.stop])
+            rounds.append(settler.rounds)
 
         workers.each(settle, pieces(out.numel(), workers))
         return max(rounds, default=1)
@@ -61,11 +63,18 @@ class Truncated:
     def rounds(self, place: Place, workers: Workers) -> int:
         """How many rounds the whole fill takes from `place`."""
         found = self._known(place)
-        if found is None:
-            rounds: list[int] = []
-            workers.each(lambda piece: rounds.append(self._settle(piece, None, place)), pieces(self.fill.numel, workers))
-            found = self.remember(place, max(rounds))
-        return found
+        if found is not None:
+            return found
+        rounds: list[int] = []
+
+        def settle(piece: range) -> None:
+            settler, scratch = Settler(self, place), torch.empty(CHUNK, dtype=self.fill.dtype, device="cpu")
+            for first in range(piece.start, piece.stop, CHUNK):
+                settler.settle(first, scratch[: min(CHUNK, piece.stop - first)])
+            rounds.append(settler.rounds)
+
+        workers.each(settle, pieces(self.fill.numel, workers))
+        return self.remember(place, max(rounds))
 
     def after(self, place: Place, rounds: int) -> Place:
         """Where the stream stands after so many rounds."""
@@ -85,28 +94,37 @@ class Truncated:
     def _key(self) -> tuple[object, ...]:
         return self.fill.dtype, self.fill.numel, self.fill.args, self.low, self.high
 
-    # -- settling a stretch ---------------------------------------------------------------------------------------------
 
-    def _settle(self, stretch: range, out: torch.Tensor | None, place: Place) -> int:
-        """Draw a stretch of the elements, round after round; returns the rounds."""
-        pens = _Pens(self, place)
-        scratch = torch.empty(CHUNK, dtype=self.fill.dtype, device="cpu")
-        again = scratch.clone()
-        for start in range(stretch.start, stretch.stop, CHUNK):
-            count = min(CHUNK, stretch.stop - start)
-            chunk = scratch[:count] if out is None else out[start - stretch.start : start - stretch.start + count]
-            pens.write(0, start, chunk)
-            wrong = self._out_of_bounds(chunk).nonzero().view(-1)
-            number = 1
-            while len(wrong):
-                found = pens.some(number, start, wrong, again[:count])
-                chunk[wrong] = found
-                wrong = wrong[self._out_of_bounds(found)]
-                number += 1
-        return len(pens)
+class Settler:
+    """Draws elements of a `trunc_normal_` that starts from `place`, chunk after chunk in ascending order."""
+
+    def __init__(self, call: Truncated, place: Place) -> None:
+        self._low, self._high = call.low, call.high
+        self._pens = _Pens(call, place)
+        self._scratch = torch.empty(CHUNK, dtype=call.fill.dtype, device="cpu")
+
+    @property
+    def rounds(self) -> int:
+        """The rounds that the elements so far have taken."""
+        return len(self._pens)
+
+    def settle(self, first: int, out: torch.Tensor) -> None:
+        """Write the elements from number `first` on into the row `out`."""
+        for start in range(0, len(out), CHUNK):
+            self._settle(first + start, out[start : start + CHUNK])
+
+    def _settle(self, first: int, chunk: torch.Tensor) -> None:
+        self._pens.write(0, first, chunk)
+        wrong = self._out_of_bounds(chunk).nonzero().view(-1)
+        number = 1
+        while len(wrong):
+            found = self._pens.some(number, first, wrong, self._scratch[: len(chunk)])
+            chunk[wrong] = found
+            wrong = wrong[self._out_of_bounds(found)]
+            number += 1
 
     def _out_of_bounds(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.logical_or(values < self.low, values > self.high)
+        return torch.logical_or(values < self._low, values > self._high)
 
 
 class _Pens:

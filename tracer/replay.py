@@ -59,7 +59,7 @@ class Replay:
         self._states = states
         self._zeros = zeros
         self._filler = filler or Filler()
-        self._ends: dict[int, Spot] = {}
+        self._ends: dict[int, Spot | Callable[[], Spot]] = {}  # what takes time is worked out where another op starts from it
         self._different: dict[int, str] = {}
 
     def run(self, wanted: Iterable[int]) -> None:
@@ -125,7 +125,10 @@ class Replay:
                 self._ends[index] = self._drawn(op, start) if index in needs else self._passed_over(op, start)
             for storage in last_use.get(index, ()):
                 if storage not in wanted:
-                    self.storages.pop(storage, None)
+                    self._drop(storage)
+
+    def _drop(self, storage: int) -> None:
+        self.storages.pop(storage, None)
 
     def _last_uses(self, needed: Sequence[int]) -> Mapping[int, list[int]]:
         """After which op each storage is of no more use."""
@@ -143,7 +146,10 @@ class Replay:
         if position.device not in self._states and torch.device(position.device).type != "cpu":
             raise TraceError(f"the values depend on the random stream of {position.device}, which this machine does not have")
         if position.op is not None:
-            return self._ends[position.op]
+            end = self._ends[position.op]
+            if callable(end):
+                end = self._ends[position.op] = end()
+            return end
         state = self._states.get(position.device)
         if position.state is not None:
             state = torch.frombuffer(bytearray(position.state), dtype=torch.uint8)
@@ -152,7 +158,7 @@ class Replay:
         assert state is not None
         return Place.known(state) if position.device == "cpu" else state
 
-    def _drawn(self, op: Any, start: Spot) -> Spot:
+    def _drawn(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
         """Run an op that draws; where its generator stands afterwards."""
         end = self._filler.filled(op, self.open, start) if isinstance(start, Place) else None
         if end is not None:
@@ -169,11 +175,11 @@ class Replay:
         end.reached(generator)
         return end
 
-    def _passed_over(self, op: Any, start: Spot) -> Spot:
+    def _passed_over(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
         """Where the generator stands after an op whose values nobody wants."""
-        end: Spot | None = self._filler.passed(op, start) if isinstance(start, Place) else moved_on(op, start)
-        if end is not None:
-            return end
+        known: Spot | None = self._filler.passed(op, start) if isinstance(start, Place) else moved_on(op, start)
+        if known is not None:
+            return known
         kept = {target.storage: self.storages.pop(target.storage, None) for target in op.targets}
         end = self._drawn(op, start)
         for index, storage in kept.items():

@@ -1,0 +1,164 @@
+"""Replaying parts of tensors: of every storage, only the elements in its window are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..tracer.errors import MaterializeError
+from ..tracer.graph import Op, View
+from ..tracer.places import Place
+from ..tracer.replay import Replay, Spot
+from .boxes import Box, cut_rows, fill_box, whole_box
+from .fill import Fill
+from .filler import Threaded
+from .pages import prefer_huge_pages
+from .truncated import Settler, Truncated
+from .windows import CONSTANTS, FILLED, Window, Windows, broadcast, memory_order
+
+
+class PartialReplay(Replay):
+    """A `Replay` of the boxes of some views."""
+
+    def __init__(
+        self, ops: Sequence[Any], records: Sequence[Any], states: Mapping[str, torch.Tensor], zeros: bool, filler: Threaded
+    ) -> None:
+        super().__init__(ops, records, states, zeros, filler)
+        self._threaded = filler
+        self._windows: dict[int, Window] = {}
+        self._made: dict[int, torch.Tensor] = {}
+
+    def run_parts(self, wanted: Sequence[tuple[View, Box]]) -> list[torch.Tensor]:
+        """The box of every view, each in memory of its own."""
+        storages = list(dict.fromkeys(view.storage for view, box in wanted if all(box)))
+        needed, _ = self._to_run(storages)
+        ops = [self._ops[index] for index in needed]
+        elsewhere = [each.index for each in self._records if each.constant is not None or str(each.device) != "cpu"]
+        self._windows = Windows(ops, self._nbytes, elsewhere).find(wanted)
+        self.run(storages)
+        return [_own(self._piece(view, box)) if all(box) else _nothing(view, box) for view, box in wanted]
+
+    # -- storages -------------------------------------------------------------------------------------------------------
+
+    def _storage(self, index: int) -> torch.UntypedStorage:
+        if index in self._windows:
+            return self._window(index).untyped_storage()
+        return super()._storage(index)
+
+    def _window(self, index: int) -> torch.Tensor:
+        """The window's elements, a tensor with the reference's dims in the reference's order of memory."""
+        if index not in self._made:
+            window = self._windows[index]
+            order = memory_order(window.reference)
+            make = torch.zeros if self._zeros else torch.empty
+            made = make([len(window.box[dim]) for dim in order], dtype=window.reference.dtype, device="cpu")
+            prefer_huge_pages(made.untyped_storage())
+            self._made[index] = made.permute(sorted(range(len(order)), key=order.__getitem__))
+        return self._made[index]
+
+    def _drop(self, storage: int) -> None:
+        super()._drop(storage)
+        self._made.pop(storage, None)
+
+    def _piece(self, view: View, local: Box) -> torch.Tensor:
+        """The box `local` of a view, for real."""
+        if view.storage not in self._windows:
+            return self.open(view)[tuple(slice(part.start, part.stop, part.step) for part in local)]
+        found = self._windows[view.storage].positions(view, local)
+        assert found is not None
+        positions, dims = found
+        piece = self._window(view.storage)[tuple(slice(part.start, part.stop, part.step) for part in positions)]
+        along = [dim for dim in dims if dim is not None]
+        piece = piece.permute([*along, *(dim for dim in range(len(positions)) if dim not in along)])
+        return piece.reshape([len(part) for part in local]) if len(along) < len(dims) else piece.view(piece.shape[: len(dims)])
+
+    # -- ops ------------------------------------------------------------------------------------------------------------
+
+    def _local(self, op: Op) -> Box | None:
+        """The box of what the op makes that lies in its storage's window; None where all of it is made."""
+        window = self._windows.get(op.targets[0].storage) if op.targets else None
+        return None if window is None else window.local(op.targets[0])
+
+    def _call(self, op: Any) -> None:
+        local = self._local(op)
+        if local is None:
+            super()._call(op)
+        elif all(local):
+            self._by_element(op, local)
+
+    def _by_element(self, op: Op, local: Box) -> None:
+        target = self._piece(op.targets[0], local)
+        if op.func in CONSTANTS:
+            target.fill_(CONSTANTS[op.func](op.args))
+        elif op.func in FILLED:
+            op.func(target, *op.args[1:])
+        else:
+            self._compute(op, local, target)
+
+    def _compute(self, op: Op, local: Box, target: torch.Tensor) -> None:
+        def piece(value: Any) -> Any:
+            return self._piece(value, broadcast(local, value)) if isinstance(value, View) else value
+
+        torch.set_default_dtype(op.default_dtype)
+        kwargs = {name: piece(value) for name, value in op.kwargs if name not in ("memory_format", "device", "pin_memory")}
+        out = op.func(*map(piece, op.args), **kwargs)
+        if op.outputs:
+            target.copy_(out)
+
+    def _drawn(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
+        local = self._local(op)
+        if local is None or not isinstance(start, Place):
+            return super()._drawn(op, start)
+        fill = Fill.of_op(op)
+        if all(local):
+            self._fill(op, local, fill, start)
+        if fill is not None:
+            return start.after(fill.draw)
+        return lambda: _sure(self._threaded.passed(op, start))
+
+    def _passed_over(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
+        """As for a whole replay: what such an op writes is dropped, and no window is touched."""
+        windows, made = self._windows, self._made
+        self._windows, self._made = {}, {}
+        try:
+            return super()._passed_over(op, start)
+        finally:
+            self._windows, self._made = windows, made
+
+    def _fill(self, op: Op, local: Box, fill: Fill | None, start: Place) -> None:
+        """Draw the box `local` of what the op fills."""
+        view = op.targets[0]
+        order = memory_order(view)
+        size, box = tuple(view.size[dim] for dim in order), tuple(local[dim] for dim in order)
+        target = self._piece(view, local).permute(order)
+        out = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+        if fill is not None:
+            fill_box(fill, size, box, out, start, self._threaded.workers)
+        else:
+            self._settle(_sure(Truncated.of_op(op)), size, box, out, start)
+        if out is not target:
+            target.copy_(out)
+
+    def _settle(self, call: Truncated, size: tuple[int, ...], box: Box, out: torch.Tensor, start: Place) -> None:
+        if box[1:] == whole_box(size)[1:] and box[0].step == 1:
+            call.write(box[0].start * (call.fill.numel // size[0]), out.view(-1), start, self._threaded.workers)
+        else:
+            cut_rows(size, box, out, Settler(call, start).settle, call.fill.dtype)
+
+
+def _nothing(view: View, box: Box) -> torch.Tensor:
+    """A part without elements."""
+    return torch.empty([len(part) for part in box], dtype=view.dtype)
+
+
+def _own(piece: torch.Tensor) -> torch.Tensor:
+    """The piece itself if it is all that its memory holds, else a copy."""
+    return piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone()
+
+
+def _sure(found: Any) -> Any:
+    if found is None:
+        raise MaterializeError("a part of a tensor cannot be finished; this is a bug in groundplan, please report it")
+    return found
