@@ -156,6 +156,7 @@ class Plan:
         self,
         seed: int | None = None,
         *,
+        rng: str = "eager",
         uninitialized: str = "error",
         threads: int | None = None,
         progress: bool | ProgressCallback = True,
@@ -163,7 +164,9 @@ class Plan:
         """Build the module, with the values that the eager constructor gives, bit for bit; any number of times.
 
         `plan.materialize(seed=s)` is `torch.manual_seed(s); build(*args, **kwargs)` followed by the plan's casts and moves. The
-        constructor runs again, for real. `seed=None` draws from, and advances, the global generator. `progress` shows a bar in a
+        constructor runs again, for real. `seed=None` draws from, and advances, the global generator. `rng="keyed"` gives other
+        values, which depend on the seed and each tensor's name alone. `threads` draw the random numbers, one for each usable core
+        if that is None; the values do not depend on how many. `progress` shows a bar in a
         terminal, or is called with (bytes done, bytes in all). Where the constructor leaves tensors without values,
         `UninitializedError` is raised, unless `uninitialized` says `"zero"` or `"empty"`. On any failure nothing half-built
         stays behind, and the generators stand where they stood.
@@ -174,21 +177,32 @@ class Plan:
         True
         """
         with _shown(progress, self.memory().phases["construct"]) as callback:
-            return materialize(self._bound, self.decisions, seed, uninitialized, callback, threads)
+            return materialize(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)
 
     def materialize_state(
-        self, names: Iterable[str], seed: int | None = None, *, uninitialized: str = "error", threads: int | None = None
+        self,
+        names: Iterable[str] | Mapping[str, Any],
+        seed: int | None = None,
+        *,
+        rng: str = "eager",
+        uninitialized: str = "error",
+        threads: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """The tensors called `names` only, with the values that `materialize(seed)` gives them, each from its own recipe.
 
-        The global generators are left alone. Raises `UnknownNameError`, `UninitializedError`.
+        A mapping gives an index for each name, and only that part of the tensor is made: `{"head.weight": slice(0, 100)}` or
+        `(slice(None), 3)` mean what they do in `tensor[index]`. `rng` and `threads` are as in `materialize`. The global
+        generators are left alone. Raises `UnknownNameError`, `UninitializedError`, and `MaterializeError` for what is no part of
+        the tensor.
 
         >>> plan = trace(torch.nn.Linear, 3, 4)
         >>> bias = plan.materialize_state(["bias"], seed=0)["bias"]
         >>> torch.equal(bias, plan.materialize(seed=0).bias)
         True
+        >>> plan.materialize_state({"weight": (slice(1, 3), 0)}, seed=0)["weight"].shape
+        torch.Size([2])
         """
-        return materialize_state(self._bound, self.decisions, names, seed, uninitialized, threads)
+        return materialize_state(self._bound, self.decisions, names, seed, uninitialized, threads, rng)
 
     @property
     def _bound(self) -> Build:

@@ -10,11 +10,12 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from ..tracer.places import Place
-from .fill import CHUNK, Fill, Pen
+from .fill import CHUNK, Pen
 from .workers import Workers
 
 Box = tuple[range, ...]
@@ -29,27 +30,35 @@ def whole_box(size: tuple[int, ...]) -> Box:
     return tuple(map(range, size))
 
 
-def fill_all(fill: Fill, out: torch.Tensor, place: Place, workers: Workers) -> None:
-    """Write all elements of a fill that starts from `place` into the row `out`, which may have another dtype."""
-    fill_stretch(fill, 0, out, place, workers)
+class Penned(Protocol):
+    """What gives out pens: a `Fill`, where it starts from; or a fill that starts from nowhere in particular."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def quantum(self) -> int: ...
+    def pen(self, place: Any, first: int = 0) -> Pen: ...
 
 
-def fill_stretch(fill: Fill, first: int, out: torch.Tensor, place: Place, workers: Workers) -> None:
-    """Write the elements from number `first` on into the row `out`."""
+def fill_stretch(fill: Penned, first: int, out: torch.Tensor, place: Place | None, workers: Workers) -> None:
+    """Write the elements of a fill that starts from `place`, from number `first` on, into the row `out`.
+
+    Where `out` has another dtype than the fill, the numbers are converted on the way.
+    """
 
     def write(piece: range) -> None:
         fill.pen(place, first + piece.start).run(out[piece.start : piece.stop])
 
-    workers.each(write, pieces(out.numel(), workers))
+    workers.each(write, pieces(len(out), workers, fill.quantum))
 
 
-def pieces(count: int, workers: Workers) -> list[range]:
-    """`count` elements, divided between the workers; cut where blocks of elements end."""
-    share = count if count < _PARALLEL else -(-count // (workers.count * 1024)) * 1024
+def pieces(count: int, workers: Workers, quantum: int) -> list[range]:
+    """`count` elements, divided between the workers at multiples of `quantum`."""
+    share = count if count < _PARALLEL else -(-count // (workers.count * quantum)) * quantum
     return [range(start, min(start + share, count)) for start in range(0, count, share)] if count else []
 
 
-def fill_box(fill: Fill, size: tuple[int, ...], box: Box, out: torch.Tensor, place: Place, workers: Workers) -> None:
+def fill_box(fill: Penned, size: tuple[int, ...], box: Box, out: torch.Tensor, place: Place | None, workers: Workers) -> None:
     """Write the elements of a fill of shape `size` that are in `box` into `out`, of the box's shape and without gaps.
 
     Dims are given in the order of memory, the slowest first.

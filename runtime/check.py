@@ -53,6 +53,18 @@ def _message(missing: list[TensorNode]) -> str:
     )
 
 
+def check_rng(rng: str, graph: ParamGraph) -> None:
+    """Raise `MaterializeError` for an unknown `rng`, and where keyed numbers would make the constructor go another way."""
+    if rng not in ("eager", "keyed"):
+        raise MaterializeError(f'rng={rng!r} is not one of "eager", "keyed"')
+    if rng == "keyed" and graph.seed_dependent:
+        lines = "".join(f"\n  {frame}" for frame in graph.seed_dependent[:_SHOWN])
+        raise MaterializeError(
+            f"the constructor looks at the random values that eager draws, and may go another way with others:{lines}\n"
+            'take rng="eager"'
+        )
+
+
 def check_done(mode: Guided) -> None:
     """Raise where something still waits after the last step."""
     if len(mode.waiting):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -44,6 +44,8 @@ class Fill:
     numel: int
     contiguous: bool
     draw: Draw
+    quantum: ClassVar[int] = 1024
+    """Where threads divide a fill between them: at multiples of this many elements."""
 
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], dtype: torch.dtype, numel: int, contiguous: bool) -> Fill | None:
@@ -58,7 +60,7 @@ class Fill:
     @classmethod
     def of_op(cls, op: Op) -> Fill | None:
         """The same for a recorded op: one that fills in place, creates a filled tensor, or is a `trunc_normal_` of one round."""
-        call = _as_fill(op)
+        call = as_fill(op)
         if call is None:
             return None
         view = op.targets[0]
@@ -77,7 +79,7 @@ class Fill:
         return pen
 
 
-def _as_fill(op: Op) -> tuple[Any, tuple[Any, ...]] | None:
+def as_fill(op: Op) -> tuple[Any, tuple[Any, ...]] | None:
     """The in-place operator, and its scalars, that a recorded op comes down to."""
     func, args = op.func, op.args
     if is_random_fill(func):
@@ -134,11 +136,10 @@ def in_order(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 class Pen:
-    """Writes the elements of one fill, one stretch after the other; `at` is the next element."""
+    """Writes the elements of `dtype` of one fill, one stretch after the other; `at` is the next element."""
 
-    def __init__(self, fill: Fill, place: Place) -> None:
-        self.fill, self.at = fill, 0
-        self._place = place
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.at = dtype, 0
 
     def write(self, out: torch.Tensor) -> None:
         """Write the next elements into `out`, a row of the fill's dtype without gaps."""
@@ -160,19 +161,15 @@ class Pen:
 
     def run(self, out: torch.Tensor) -> None:
         """Write the next elements into `out`, which may be of another dtype: they are converted on the way."""
-        scratch = None if out.dtype == self.fill.dtype else torch.empty(CHUNK, dtype=self.fill.dtype, device="cpu")
+        chunks = list(self.chunks(len(out)))
+        scratch = None if out.dtype == self.dtype else torch.empty(max(chunks, default=0), dtype=self.dtype, device="cpu")
         start = 0
-        for count in self.chunks(out.numel()):
+        for count in chunks:
             piece = out[start : start + count]
             self.write(piece if scratch is None else scratch[:count])
             if scratch is not None:
                 _convert(scratch[:count], piece)
             start += count
-
-    def _ended(self, generator: torch.Generator) -> None:
-        """Tell the stream where the generator has arrived, if the whole fill is written."""
-        if self.at == self.fill.numel:
-            self._place.after(self.fill.draw).reached(generator)
 
 
 _SERIAL = 1 << 14  # elements: torch hands larger conversions to threads of its own, and these pieces have threads already
@@ -183,7 +180,20 @@ def _convert(source: torch.Tensor, target: torch.Tensor) -> None:
         target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
 
 
-class _EachPen(Pen):
+class _StreamPen(Pen):
+    """Draws from the stream, in which the fill starts from `place`."""
+
+    def __init__(self, fill: Fill, place: Place) -> None:
+        super().__init__(fill.dtype)
+        self.fill, self._place = fill, place
+
+    def _ended(self, generator: torch.Generator) -> None:
+        """Tell the stream where the generator has arrived, if the whole fill is written."""
+        if self.at == self.fill.numel:
+            self._place.after(self.fill.draw).reached(generator)
+
+
+class _EachPen(_StreamPen):
     """Every element takes the same number of words."""
 
     def __init__(self, fill: Fill, place: Place) -> None:
@@ -213,7 +223,7 @@ def _moved(generator: torch.Generator, place: Place, start: int, count: int) -> 
     return place.moved(start + count).generator()
 
 
-class _BlockPen(Pen):
+class _BlockPen(_StreamPen):
     """`normal_` on 16 elements or more that lie side by side."""
 
     def __init__(self, fill: Fill, place: Place) -> None:
@@ -288,7 +298,7 @@ class _BlockPen(Pen):
         out[begin - start :] = self._tail[begin - first : start + len(out) - first]
 
 
-class _SinglePen(Pen):
+class _SinglePen(_StreamPen):
     """Normal samples that are drawn one by one, two of them from each pair of doubles."""
 
     def __init__(self, fill: Fill, place: Place) -> None:

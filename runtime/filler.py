@@ -15,7 +15,7 @@ from ..tracer.graph import Op, View
 from ..tracer.places import Place, skip
 from ..tracer.replay import Filler
 from ..tracer.traced import view_of
-from .boxes import fill_all
+from .boxes import fill_stretch
 from .fill import Fill, in_order
 from .pages import prefer_huge_pages
 from .truncated import Truncated
@@ -75,23 +75,17 @@ class Threaded(Filler):
         rounds = call.remember(start, call.write(0, row, start, self.workers))
         return call.after(start, rounds), rounds
 
-    def convert(self, func: Any, args: tuple[Any, ...], start: Place | None, like: torch.Tensor, out: torch.Tensor) -> bool:
+    def convert(self, func: Any, args: tuple[Any, ...], start: Place, like: torch.Tensor, out: torch.Tensor) -> bool:
         """Write into `out`, of another dtype than `like`, what filling `like` from `start` and converting it gives.
 
         `like` is only asked for its geometry. False, and nothing is done, where that is to be done one after the other.
         """
-        if start is None:
-            sample = torch.empty(1, dtype=like.dtype, device="cpu")
-            func(sample, *args)
-            prefer_huge_pages(out.untyped_storage())
-            out.fill_(sample.to(out.dtype).item()) if not out.is_complex() else out.copy_(sample)
-            return True
         fill = Fill.of(func, args, like.dtype, like.numel(), like.is_contiguous())
         row = in_order(out)
         if fill is None or row is None or fill.draw.normals or out.stride() != like.stride():
             return False
         prefer_huge_pages(row.untyped_storage())
-        fill_all(fill, row, start, self.workers)
+        fill_stretch(fill, 0, row, start, self.workers)
         return True
 
     def _fill(self, fill: Fill, target: torch.Tensor, start: Place) -> Place | None:
@@ -99,7 +93,7 @@ class Threaded(Filler):
         if row is None or fill.draw.normals:
             return None
         prefer_huge_pages(row.untyped_storage())
-        fill_all(fill, row, start, self.workers)
+        fill_stretch(fill, 0, row, start, self.workers)
         return start.after(fill.draw)
 
 

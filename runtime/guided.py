@@ -13,17 +13,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..tracer.arguments import generator_in, is_plain_meta, tensors_in
-from ..tracer.draws import REDRAWS, draw_of_call
+from ..tracer.arguments import is_plain_meta, tensors_in
+from ..tracer.draws import is_static
 from ..tracer.graph import Op, ParamGraph
 from ..tracer.liveness import is_anchor
 from ..tracer.opaque import is_opaque
-from ..tracer.places import Place
 from ..tracer.schema import Kind, aten, is_random, kind_of
 from ..tracer.traced import FAKE, has_own_rules
-from .fill import created
-from .filler import LARGE, Threaded, advance
 from .pages import prefer_huge_pages
+from .sources import Constant, Source
 from .waiting import WaitingRoom
 
 _UNRECORDED = (Kind.EMPTY, Kind.LIFT, Kind.METADATA, Kind.GEOMETRY)
@@ -35,12 +33,15 @@ class Diverged(BaseException):
 
 
 class Guided(TorchDispatchMode):
-    """Follows `graph`'s tape. `waits` lets fills wait; `zeros` gives memory that nothing initializes the value 0."""
+    """Follows `graph`'s tape, with numbers from `source`.
 
-    def __init__(self, graph: ParamGraph, filler: Threaded, waits: bool, zeros: bool, progress: Callable[[int], None]) -> None:
+    `waits` lets fills wait; `zeros` gives memory that nothing initializes the value 0.
+    """
+
+    def __init__(self, graph: ParamGraph, source: Source, waits: bool, zeros: bool, progress: Callable[[int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.waiting = WaitingRoom(filler, progress)
-        self._filler = filler
+        self.waiting = WaitingRoom(progress)
+        self._source = source
         self._ops = [op for op in graph.ops if not _is_host(op)]
         self._next = 0
         self._following = True
@@ -79,8 +80,8 @@ class Guided(TorchDispatchMode):
             op = self._follow(func, kind, args, kwargs)
             if op is not None and op.unread and not (args[0].is_conj() or args[0].is_neg()):
                 return torch.empty_like(*args, **kwargs)  # a clone that nothing reads: the memory without the values
-            if op is not None and op.random and (out := self._create(op, args, kwargs)) is not None:
-                return out
+            if op is not None and op.random:
+                return self._call(op, args, kwargs)
         tensors = list(tensors_in(args, kwargs)) if len(self.waiting) else []
         if kind is Kind.VIEW:
             with self.waiting.geometry_only(tensors):
@@ -121,42 +122,41 @@ class Guided(TorchDispatchMode):
     def _fill(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, generator = args[0], kwargs.get("generator")
         if is_opaque(target):
-            self._follow(func, Kind.GENERAL, args, kwargs)
-            return func(*args, **kwargs)
+            op = self._follow(func, Kind.GENERAL, args, kwargs)
+            return func(*args, **kwargs) if op is None or not op.random else self._source.call(op, args, kwargs)
         op = self._follow(func, Kind.FILL, args, kwargs)
         if op is None:
             return func(*args, **kwargs)
         self._check_same(op, target, args[1:])
-        if op.unread and self._leave_out(func, target, args[1:], generator):
+        call = (op, func, target, args[1:], generator)
+        if op.unread and self._leave_out(*call):
             return target
-        if self._may_wait(op, target) and self.waiting.take(func, target, args[1:], generator):
+        if self._may_wait(op, target) and self._put_off(*call):
             return target
         self.waiting.fill(target)
-        if not (is_random(func) and self._draw(func, target, args[1:], generator)):
+        if is_random(func):
+            self._source.fill(*call)
+        else:
             prefer_huge_pages(target.untyped_storage())
             func(*args, **kwargs)
         self._progress(target.nbytes)
         return target
 
-    def _draw(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: torch.Generator | None) -> bool:
-        """Fill a large tensor in pieces; False, and nothing is done, where torch is to do it."""
-        if target.numel() < LARGE or target.device.type != "cpu":
-            return False
-        source = generator or torch.default_generator
-        end = self._filler.fill(func, target, args, Place.at(source.get_state()))
-        if end is not None:
-            source.set_state(end.state())
-        return end is not None
+    def _leave_out(self, op: Op, func: Any, target: torch.Tensor, *rest: Any) -> bool:
+        """Leave out a fill that nothing reads, if its draws can be passed over."""
+        return not is_random(func) or self._source.pass_over(op, func, target, *rest)
 
-    def _create(self, op: Op, args: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """A large new tensor of random numbers (`torch.randn`), filled in pieces; None where torch is to make it."""
-        view = op.targets[0]
-        if view.numel < LARGE or (call := created(op, args, kwargs)) is None:
-            return None
-        out, func, scalars = call
-        if not self._draw(func, out, scalars, generator_in(args, kwargs)):
-            func(out, *scalars, generator=generator_in(args, kwargs))
-        return out
+    def _put_off(self, op: Op, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: Any) -> bool:
+        """Let a fill wait, if its draws can be passed over."""
+        if is_random(func):
+            return self.waiting.take(target, lambda: self._source.put_off(op, func, target, args, generator))
+        return self.waiting.take(target, lambda: Constant(func, args))
+
+    def _call(self, op: Op, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Any other op that draws."""
+        for tensor in tensors_in(args, kwargs):
+            self.waiting.fill(tensor)
+        return self._source.call(op, args, kwargs)
 
     def _convert(self, tensor: torch.Tensor, **options: Any) -> torch.Tensor | None:
         """A waiting tensor's conversion to another dtype, done while it is drawn; None for any other call."""
@@ -181,12 +181,6 @@ class Guided(TorchDispatchMode):
             return False
         return self.waiting.holds(target) or self._first_writes.get(storage) == op.index
 
-    def _leave_out(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: torch.Generator | None) -> bool:
-        """Leave out a fill that nothing reads, if its draws can be counted."""
-        if not is_random(func):
-            return True
-        return target.device.type == "cpu" and advance(func, target, args, generator or torch.default_generator)
-
     def trunc_normal(self, original: Any, tensor: torch.Tensor, bounds: tuple[float, ...], generator: Any) -> torch.Tensor:
         """`trunc_normal_` is one op on the tape; what it is made of is not followed."""
         if is_plain_meta(tensor):
@@ -207,27 +201,15 @@ class Guided(TorchDispatchMode):
         self._progress(tensor.nbytes)
         return tensor
 
-    def _truncate(self, op: Op, tensor: torch.Tensor, bounds: tuple[float, ...], generator: torch.Generator | None) -> bool:
-        """Do a `trunc_normal_` in pieces, leave it out or let it wait; False, and nothing is done, where torch is to do it."""
-        source = generator or torch.default_generator
-        if tensor.device.type != "cpu" or not REDRAWS:
-            self.waiting.fill(tensor)
-            return False
-        counted = draw_of_call(op.func, (tensor, *bounds), tensor.dtype, tensor.numel(), tensor.is_contiguous()) is not None
-        normal = aten.normal_.default
-        if counted and op.unread and self._leave_out(normal, tensor, bounds[:2], source):
-            return _written(tensor, 1)
-        if counted and self._may_wait(op, tensor) and self.waiting.take(normal, tensor, bounds[:2], source):
-            return _written(tensor, 1)
+    def _truncate(self, op: Op, tensor: torch.Tensor, bounds: tuple[float, ...], generator: Any) -> bool:
+        """Do a `trunc_normal_`, leave it out or let it wait; False, and nothing is done, where torch is to do it."""
+        if is_static(op):  # a normal_ whose numbers are all within the bounds
+            call = (op, aten.normal_.default, tensor, bounds[:2], generator)
+            if (op.unread and self._leave_out(*call)) or (self._may_wait(op, tensor) and self._put_off(*call)):
+                return _written(tensor, 1)
         self.waiting.fill(tensor)
-        if counted:
-            return self._draw(normal, tensor, bounds[:2], source) and _written(tensor, 1)
-        done = self._filler.truncated(tensor, bounds, Place.at(source.get_state()))
-        if done is None:
-            return False
-        end, rounds = done
-        source.set_state(end.state())
-        return _written(tensor, min(rounds, 2))
+        times = self._source.truncate(op, tensor, bounds, generator)
+        return times is not None and _written(tensor, times)
 
 
 def _written(tensor: torch.Tensor, times: int) -> bool:

@@ -25,11 +25,13 @@ from ..tracer.collect import roots_of
 from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph
 from ..tracer.liveness import is_anchor
-from ..tracer.streams import generator_states, restore_generators
+from ..tracer.streams import generator_states, generators_kept, restore_generators
 from ..tracer.trace import Origin, trace_constructor
-from .check import check_devices, check_done, check_uninitialized, state_digest
+from .check import check_devices, check_done, check_rng, check_uninitialized, state_digest
 from .filler import Threaded
 from .guided import Diverged, Guided
+from .keyed import KeyedSource, Keys, drawn_seed
+from .sources import EagerSource
 from .steps import apply_steps
 from .workers import Workers
 
@@ -75,29 +77,55 @@ def materialize(
     uninitialized: str = "error",
     progress: Progress | None = None,
     threads: int | None = None,
+    rng: str = "eager",
 ) -> Any:
     """The module that `build()` returns, with the steps of `decisions` done to it, bit for bit as eager would have it.
 
     `seed` is as `torch.manual_seed(seed)` before; None draws from the global generators as they are. They are left as eager
-    leaves them. `progress(done, total)` is called with bytes. `threads` draw random numbers; None: one for each usable core.
-    Raises `UninitializedError`, `MaterializeError`, or what the constructor raises.
+    leaves them. With `rng="keyed"` every value depends on the seed and the tensor alone; the global generators are left alone,
+    except that one number of 64 bits is drawn where there is no seed. `progress(done, total)` is called with bytes. `threads`
+    draw random numbers; None: one for each usable core. Raises `UninitializedError`, `MaterializeError`, or what the constructor
+    raises.
     """
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
+    check_rng(rng, build.graph)
     with one_at_a_time, _restored_on_failure(), Workers(threads) as workers:
+        if rng == "keyed":
+            return _run_keyed(build, decisions, drawn_seed() if seed is None else seed, workers, uninitialized, progress)
         if seed is not None:
             torch.manual_seed(seed)
         with _host_random_of(build.origin):
             build = build.under_current_state()
             check_uninitialized(build.graph, uninitialized)
-            return _run(build, decisions, Threaded(workers), uninitialized == "zero", progress)
+            return _run(build, decisions, EagerSource(Threaded(workers)), uninitialized == "zero", progress)
 
 
-def _run(build: Build, decisions: Decisions, filler: Threaded, zeros: bool, progress: Progress | None) -> Any:
+def _run_keyed(
+    build: Build, decisions: Decisions, seed: int, workers: Workers, uninitialized: str, progress: Progress | None
+) -> Any:
+    """The guided run with keyed numbers; it cannot do without the tape."""
+    check_uninitialized(build.graph, uninitialized)
+    source = KeyedSource(Keys.of(seed, build.graph), workers)
+    report = _Bytes(build.graph, progress)
+    mode = Guided(build.graph, source, bool(decisions.steps), uninitialized == "zero", report.add)
+    with generators_kept(), _host_random_of(build.origin):
+        try:
+            built = _guided(build, decisions, mode)
+        except Diverged as difference:
+            raise MaterializeError(
+                f"the constructor does something else than under trace ({difference}), so nothing says which numbers belong to "
+                'which tensor; take rng="eager"'
+            ) from None
+    report.finish()
+    return built
+
+
+def _run(build: Build, decisions: Decisions, source: EagerSource, zeros: bool, progress: Progress | None) -> Any:
     """The guided run; where the constructor turns out to behave differently from its trace, a plain one instead."""
     states, host = generator_states(), host_random_now()
     report = _Bytes(build.graph, progress)
-    mode = Guided(build.graph, filler, bool(decisions.steps), zeros, report.add)
+    mode = Guided(build.graph, source, bool(decisions.steps), zeros, report.add)
     try:
         built = _guided(build, decisions, mode)
     except Diverged:

@@ -16,7 +16,7 @@ from .fill import Fill
 from .filler import Threaded
 from .pages import prefer_huge_pages
 from .truncated import Settler, Truncated
-from .windows import CONSTANTS, FILLED, Window, Windows, broadcast, memory_order
+from .windows import CONSTANTS, FILLED, Window, Windows, broadcast, by_element, memory_order
 
 
 class PartialReplay(Replay):
@@ -31,14 +31,18 @@ class PartialReplay(Replay):
         self._made: dict[int, torch.Tensor] = {}
 
     def run_parts(self, wanted: Sequence[tuple[View, Box]]) -> list[torch.Tensor]:
-        """The box of every view, each in memory of its own."""
+        """The box of every view, each in memory of its own; what was replayed before is forgotten."""
+        self.storages.clear()
         storages = list(dict.fromkeys(view.storage for view, box in wanted if all(box)))
         needed, _ = self._to_run(storages)
         ops = [self._ops[index] for index in needed]
         elsewhere = [each.index for each in self._records if each.constant is not None or str(each.device) != "cpu"]
-        self._windows = Windows(ops, self._nbytes, elsewhere).find(wanted)
+        self._windows = Windows(ops, self._nbytes, elsewhere, self._is_by_element).find(wanted)
         self.run(storages)
         return [_own(self._piece(view, box)) if all(box) else _nothing(view, box) for view, box in wanted]
+
+    def _is_by_element(self, op: Op) -> bool:
+        return by_element(op)
 
     # -- storages -------------------------------------------------------------------------------------------------------
 
@@ -112,10 +116,14 @@ class PartialReplay(Replay):
         if local is None or not isinstance(start, Place):
             return super()._drawn(op, start)
         fill = Fill.of_op(op)
-        if all(local):
-            self._fill(op, local, fill, start)
         if fill is not None:
+            if all(local):
+                workers = self._threaded.workers
+                self._fill_box(op, local, lambda size, box, out: fill_box(fill, size, box, out, start, workers))
             return start.after(fill.draw)
+        truncated = _sure(Truncated.of_op(op))
+        if all(local):
+            self._fill_box(op, local, lambda size, box, out: self._settle(truncated, size, box, out, start))
         return lambda: _sure(self._threaded.passed(op, start))
 
     def _passed_over(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
@@ -127,17 +135,13 @@ class PartialReplay(Replay):
         finally:
             self._windows, self._made = windows, made
 
-    def _fill(self, op: Op, local: Box, fill: Fill | None, start: Place) -> None:
-        """Draw the box `local` of what the op fills."""
+    def _fill_box(self, op: Op, local: Box, fill: Callable[[tuple[int, ...], Box, torch.Tensor], None]) -> None:
+        """Draw the box `local` of what the op fills: `fill` is given shape, box and where to, in the order of memory."""
         view = op.targets[0]
         order = memory_order(view)
-        size, box = tuple(view.size[dim] for dim in order), tuple(local[dim] for dim in order)
         target = self._piece(view, local).permute(order)
         out = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
-        if fill is not None:
-            fill_box(fill, size, box, out, start, self._threaded.workers)
-        else:
-            self._settle(_sure(Truncated.of_op(op)), size, box, out, start)
+        fill(tuple(view.size[dim] for dim in order), tuple(local[dim] for dim in order), out)
         if out is not target:
             target.copy_(out)
 

@@ -13,12 +13,12 @@ from ..tracer.ambient import ambient_applied, host_random_from, one_at_a_time
 from ..tracer.collect import roots_of
 from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph, TensorNode
-from ..tracer.replay import Replay
 from ..tracer.streams import generator_states, generators_kept
 from ..tracer.trace import trace_constructor
-from .check import check_devices, check_uninitialized
+from .check import check_devices, check_rng, check_uninitialized
 from .filler import Threaded
 from .indexing import Part, box_of
+from .keyed import KeyedReplay, Keys, drawn_seed
 from .materialize import Build
 from .parts import PartialReplay
 from .steps import apply_steps
@@ -32,6 +32,7 @@ def materialize_state(
     seed: int | None = None,
     uninitialized: str = "error",
     threads: int | None = None,
+    rng: str = "eager",
 ) -> dict[str, torch.Tensor]:
     """The tensors called `names`, with the values that a full build would give them, by name; every one has memory of its own,
     except that names of one storage share it. A mapping gives an index for each name: the part of the tensor that is wanted.
@@ -41,16 +42,22 @@ def materialize_state(
     """
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
+    check_rng(rng, build.graph)
     indices = dict(names) if isinstance(names, Mapping) else {}
     names = [names] if isinstance(names, str) else list(names)
     with one_at_a_time, generators_kept(), host_random_from(build.origin.host), Workers(threads) as workers:
-        if seed is not None:
+        if rng == "keyed" and seed is None:
+            seed = drawn_seed()
+        elif rng == "eager" and seed is not None:
             torch.manual_seed(seed)
         build = build.under_current_state()
         boxes = {name: box_of(name, build.graph.tensor(name).shape, indices.get(name, ...)) for name in names}
         check_uninitialized(build.graph, uninitialized, set(names))
         graph = _with_casts(build, decisions)
-        found = _replayed(graph, boxes, Threaded(workers), uninitialized == "zero")
+        options = (graph.ops, graph.storages, generator_states(), uninitialized == "zero", Threaded(workers))
+        keys = Keys.of(seed or 0, build.graph) if rng == "keyed" else None
+        replay = PartialReplay(*options) if keys is None else KeyedReplay(keys, *options)
+        found = _replayed(graph, boxes, replay)
     return {name: _placed(name, each, build.graph, decisions) for name, each in found.items()}
 
 
@@ -70,20 +77,22 @@ def _with_casts(build: Build, decisions: Decisions) -> ParamGraph:
         return trace_constructor(build_and_cast)[0]
 
 
-def _replayed(graph: ParamGraph, boxes: Mapping[str, Part], filler: Threaded, zeros: bool) -> dict[str, torch.Tensor]:
-    nodes = {name: graph.tensor(name) for name in boxes}
+def _replayed(graph: ParamGraph, parts: Mapping[str, Part], replay: PartialReplay) -> dict[str, torch.Tensor]:
+    nodes = {name: graph.tensor(name) for name in parts}
     for name, node in nodes.items():
         if node.opaque:
             raise MaterializeError(
                 f"{name} is a {node.type} tensor, which has no recipe of its own; take it from plan.materialize()"
             )
-    whole = {name: node for name, node in nodes.items() if boxes[name].is_whole}
-    found = _whole(graph, whole, filler, zeros) | _parts(graph, nodes, boxes, filler, zeros)
+    whole = {name: node for name, node in nodes.items() if parts[name].is_whole}
+    found = _whole(graph, whole, replay)
+    cut = {name: part for name, part in parts.items() if not part.is_whole}
+    pieces = replay.run_parts([(nodes[name].view, part.box) for name, part in cut.items()])
+    found |= {name: part.without_dims(piece) for (name, part), piece in zip(cut.items(), pieces, strict=True)}
     return {name: found[name].requires_grad_(node.requires_grad) for name, node in nodes.items()}
 
 
-def _whole(graph: ParamGraph, nodes: Mapping[str, TensorNode], filler: Threaded, zeros: bool) -> dict[str, torch.Tensor]:
-    replay = Replay(graph.ops, graph.storages, generator_states(), zeros, filler)
+def _whole(graph: ParamGraph, nodes: Mapping[str, TensorNode], replay: PartialReplay) -> dict[str, torch.Tensor]:
     replay.run(dict.fromkeys(node.view.storage for node in nodes.values()))
     for node in nodes.values():
         constant = graph.storages[node.view.storage].constant
@@ -92,17 +101,6 @@ def _whole(graph: ParamGraph, nodes: Mapping[str, TensorNode], filler: Threaded,
             if storage.data_ptr() == constant.value.untyped_storage().data_ptr():
                 replay.storages[node.view.storage] = storage.clone()
     return {name: replay.open(node.view) for name, node in nodes.items()}
-
-
-def _parts(
-    graph: ParamGraph, nodes: Mapping[str, TensorNode], boxes: Mapping[str, Part], filler: Threaded, zeros: bool
-) -> dict[str, torch.Tensor]:
-    parts = {name: part for name, part in boxes.items() if not part.is_whole}
-    if not parts:
-        return {}
-    replay = PartialReplay(graph.ops, graph.storages, generator_states(), zeros, filler)
-    made = replay.run_parts([(nodes[name].view, part.box) for name, part in parts.items()])
-    return {name: part.without_dims(piece) for (name, part), piece in zip(parts.items(), made, strict=True)}
 
 
 def _placed(name: str, tensor: torch.Tensor, graph: ParamGraph, decisions: Decisions) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Truncated:
             settler.settle(first + piece.start, out[piece.start : piece.stop])
             rounds.append(settler.rounds)
 
-        workers.each(settle, pieces(out.numel(), workers))
+        workers.each(settle, pieces(out.numel(), workers, self.fill.quantum))
         return max(rounds, default=1)
 
     def rounds(self, place: Place, workers: Workers) -> int:
@@ -73,7 +73,7 @@ class Truncated:
                 settler.settle(first, scratch[: min(CHUNK, piece.stop - first)])
             rounds.append(settler.rounds)
 
-        workers.each(settle, pieces(self.fill.numel, workers))
+        workers.each(settle, pieces(self.fill.numel, workers, self.fill.quantum))
         return self.remember(place, max(rounds))
 
     def after(self, place: Place, rounds: int) -> Place:

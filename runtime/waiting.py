@@ -10,72 +10,45 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..planner.memory import WAITING_BYTES
 from ..tracer.graph import View
-from ..tracer.places import Place
-from ..tracer.schema import is_random
 from ..tracer.traced import view_of
-from .filler import Threaded, advance
-
-
-@dataclass(frozen=True, slots=True)
-class _Fill:
-    """One fill that waits: a call on a view of the storage, and the place in the stream that it starts from."""
-
-    func: Any
-    like: View
-    args: tuple[Any, ...]
-    start: Place | None
-
-    def run(self, storage: torch.UntypedStorage, filler: Threaded) -> None:
-        self.call(self.like.over(storage), filler)
-
-    def call(self, target: torch.Tensor, filler: Threaded) -> None:
-        """Do the same to `target`."""
-        if self.start is None:
-            self.func(target, *self.args)
-        elif filler.fill(self.func, target, self.args, self.start) is None:
-            self.func(target, *self.args, generator=self.start.generator())
+from .sources import Pending
 
 
 @dataclass(slots=True)
 class _Waiting:
     storage: torch.UntypedStorage
     nbytes: int
-    fills: list[_Fill] = field(default_factory=list)
+    fills: list[tuple[View, Pending]] = field(default_factory=list)
 
 
 class WaitingRoom:
     """The storages that wait at the moment, by their key; `filled` is told the bytes of each fill once it is done."""
 
-    def __init__(self, filler: Threaded, filled: Callable[[int], None]) -> None:
+    def __init__(self, filled: Callable[[int], None]) -> None:
         self._waiting: dict[int, _Waiting] = {}
-        self._filler = filler
         self._filled = filled
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def take(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: torch.Generator | None) -> bool:
-        """Let a fill wait, if it can: on the CPU, large enough, with a draw that can be counted."""
+    def take(self, target: torch.Tensor, put_off: Callable[[], Pending | None]) -> bool:
+        """Let a fill of `target` wait, if it can: on the CPU, large enough, and `put_off` makes something of it."""
         storage = target.untyped_storage()
         entry = self._waiting.get(storage._cdata)
         if entry is None and (storage.nbytes() < WAITING_BYTES or target.device.type != "cpu"):
             return False
-        start = None
-        if is_random(func):
-            source = generator or torch.default_generator
-            start = Place.at(source.get_state())
-            if not advance(func, target, args, source):
-                return False
+        fill = put_off()
+        if fill is None:
+            return False
         if entry is None:
             entry = self._waiting[storage._cdata] = _Waiting(storage, storage.nbytes())
             storage.resize_(0)
-        entry.fills.append(_Fill(func, view_of(target, 0), args, start))
+        entry.fills.append((view_of(target, 0), fill))
         return True
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -98,11 +71,11 @@ class WaitingRoom:
     def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """`tensor.to(dtype)` for a waiting tensor, which goes on waiting; None where its last fill is not all there is to it."""
         entry = self._waiting[_key(tensor)]
-        last = entry.fills[-1]
-        if last.like != view_of(tensor, 0) or tensor.nbytes != entry.nbytes:
+        view, last = entry.fills[-1]
+        if view != view_of(tensor, 0) or tensor.nbytes != entry.nbytes:
             return None
         out = torch.empty_like(tensor, dtype=dtype)
-        if not self._filler.convert(last.func, last.args, last.start, tensor, out):
+        if not last.convert(tensor, out):
             return None
         self._filled(entry.nbytes)
         return out
@@ -123,8 +96,8 @@ class WaitingRoom:
         entry = self._waiting.pop(key)
         entry.storage.resize_(entry.nbytes)
         with torch.no_grad():
-            for fill in entry.fills:
-                fill.run(entry.storage, self._filler)
+            for view, fill in entry.fills:
+                fill.fill(view.over(entry.storage))
         self._filled(entry.nbytes)
 
 

@@ -8,7 +8,7 @@ QR decomposition, a permutation), they are needed whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,13 +47,18 @@ CONSTANTS: Mapping[Any, Any] = {
 FILLED = (aten.zero_.default, aten.fill_.Scalar)
 
 
-def by_element(op: Op) -> bool:
+def draws_by_element(op: Op) -> bool:
+    """Whether each element that the op draws can be drawn by itself."""
+    return Fill.of_op(op) is not None or Truncated.of_op(op) is not None
+
+
+def by_element(op: Op, random_by_element: Callable[[Op], bool] = draws_by_element) -> bool:
     """Whether each element of what the op makes can be made by itself."""
     views = [*op.reads, *op.targets]
     if len(op.targets) != 1 or any(view.conj or view.neg for view in views):
         return False
     if op.random:
-        return Fill.of_op(op) is not None or Truncated.of_op(op) is not None
+        return random_by_element(op)
     if op.func in CONSTANTS or op.func in FILLED or op.func in _COPIES:
         return True
     if op.func not in _ROUNDED or any(view.dtype not in _EXACT for view in views):
@@ -169,10 +174,13 @@ def _united(one: Box, other: Box) -> Box:
 class Windows:
     """The windows that parts of some views need; a storage without one is needed whole."""
 
-    def __init__(self, ops: Sequence[Op], nbytes: Mapping[int, int], constants: Iterable[int]) -> None:
+    def __init__(
+        self, ops: Sequence[Op], nbytes: Mapping[int, int], whole: Iterable[int], by_element: Callable[[Op], bool]
+    ) -> None:
         self._ops = ops
         self._nbytes = nbytes
-        self._whole = set(constants)
+        self._whole = set(whole)
+        self._by_element = by_element
         self._found: dict[int, Window] = {}
 
     def find(self, wanted: Iterable[tuple[View, Box]]) -> dict[int, Window]:
@@ -221,7 +229,7 @@ class Windows:
         target = op.targets[0] if op.targets else None
         window = self._found.get(target.storage) if target is not None else None
         local = window.local(target) if window is not None and target is not None else None
-        if target is None or local is None or not by_element(op):
+        if target is None or local is None or not self._by_element(op):
             for view in (*op.reads, *op.targets):
                 self._need_whole(view.storage)
             return

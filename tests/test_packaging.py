@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -65,7 +67,18 @@ def test_the_wheel_holds_the_tree_and_nothing_else(dev: ModuleType, wheel: Path)
     assert dev.wheel_problems(ROOT, wheel) == []
     names = zipfile.ZipFile(wheel).namelist()
     assert {"groundplan/py.typed", "groundplan/cli.py", "groundplan/tracer/graph.py"} <= set(names)
+    if shutil.which("gcc") and sys.platform == "linux":
+        assert sum(map(dev.is_library, names)) == 1
     assert not [name for name in names if name.startswith(("tests", "examples", "tracer", "dev"))]
+
+
+@pytest.mark.slow
+def test_a_wheel_without_a_compiler(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "false")
+    dev.build_wheel(dev.Shell(), sys.executable, tmp_path)
+    (built,) = tmp_path.glob("*.whl")
+    assert dev.wheel_problems(ROOT, built) == []
+    assert not any(map(dev.is_library, zipfile.ZipFile(built).namelist()))
 
 
 @pytest.mark.slow
@@ -132,8 +145,13 @@ def test_what_differs_is_named(dev: ModuleType, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "some.whl", "w") as archive:
         for name in ("groundplan/cli.py", "groundplan/py.typed", "tests/test_cli.py", "groundplan-1.dist-info/RECORD"):
             archive.writestr(name, "")
+        for stage in ("tracer", "planner"):
+            archive.writestr(f"groundplan/{stage}/_mersenne{EXTENSION_SUFFIXES[0]}", "")
+        archive.writestr("groundplan/tracer/mersenne.c", "")
     assert dev.wheel_problems(tmp_path, tmp_path / "some.whl") == [
         "missing from the wheel: groundplan/tracer/graph.py",
+        f"should not be in the wheel: groundplan/planner/_mersenne{EXTENSION_SUFFIXES[0]}",
+        "should not be in the wheel: groundplan/tracer/mersenne.c",
         "should not be in the wheel: tests/test_cli.py",
         "missing from the wheel: LICENSE",
         f"a subpackage without a line under `packages`: {Path('tracer/inner')}",
@@ -196,6 +214,15 @@ def test_a_changed_pyproject_installs_again(dev: ModuleType, repository: Path) -
     assert dev.is_current(repository, repository / ".venv")
     with (repository / "pyproject.toml").open("a") as file:
         file.write("\n")
+    assert not dev.is_current(repository, repository / ".venv")
+
+
+def test_a_changed_c_source_installs_again(dev: ModuleType, repository: Path) -> None:
+    (repository / "tracer").mkdir()
+    (repository / "tracer" / "mersenne.c").write_text("int a;")
+    pretend_installed(dev, repository)
+    assert dev.is_current(repository, repository / ".venv")
+    (repository / "tracer" / "mersenne.c").write_text("int b;")
     assert not dev.is_current(repository, repository / ".venv")
 
 

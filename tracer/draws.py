@@ -203,6 +203,11 @@ def _truncated(args: tuple[Any, ...], dtype: torch.dtype, numel: int, contiguous
     return draw_of_call(aten.normal_.default, (), dtype, numel, contiguous)
 
 
+def is_static(op: Op) -> bool:
+    """Whether a `trunc_normal_` is a `normal_` whose numbers are all within the bounds."""
+    return REDRAWS and draw_of(op) is not None
+
+
 def is_redrawn(args: tuple[Any, ...]) -> bool:
     """Whether `trunc_normal_` with these (mean, std, a, b) redraws what is out of bounds until nothing is.
 

@@ -121,6 +121,14 @@ class Stream:
                 del self._known[1::2]
 
 
+def state_from(words: bytes) -> torch.Tensor:
+    """The state of a generator whose block is these 2496 bytes, as if it had just been seeded with them."""
+    record = np.zeros((), _LAYOUT)
+    record["state"], record["left"], record["seeded"] = np.frombuffer(words, "<u4"), 1, 1
+    record["seed"] = int.from_bytes(words[:8], "little")
+    return torch.frombuffer(bytearray(record.tobytes()), dtype=torch.uint8)
+
+
 def _block_of(state: torch.Tensor) -> Block:
     block: Block = np.frombuffer(state.numpy().tobytes(), _LAYOUT)[0]["state"].astype(np.uint32)
     return block
