@@ -6,7 +6,8 @@
     python3.11 dev.py types          mypy, strict
     python3.11 dev.py wheel          build the wheel, compare its file list with the tree
 
-The first one makes `.venv` and installs into it; later ones install again only after pyproject.toml has changed.
+The first one makes `.venv` and installs into it; later ones install again only after pyproject.toml or
+the C source has changed.
 `--dry-run` before the command prints what would be run.
 """
 
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -62,8 +64,11 @@ def venv_python(venv: Path) -> Path:
 
 
 def wanted_stamp(root: Path) -> str:
-    """What the environment was made for: this pyproject.toml, at this place (an editable install points to it)."""
-    return hashlib.sha256((root / "pyproject.toml").read_bytes() + os.fsencode(root)).hexdigest()
+    """What the environment was made for: this pyproject.toml, at this place (an editable install points to it), with this C."""
+    found = hashlib.sha256((root / "pyproject.toml").read_bytes() + os.fsencode(root))
+    for source in sorted((root / "tracer").glob("*.c")):
+        found.update(source.read_bytes())
+    return found.hexdigest()
 
 
 def is_current(root: Path, venv: Path) -> bool:
@@ -107,18 +112,24 @@ def environment(shell: Shell) -> Path:
 
 
 def expected_files(root: Path) -> set[str]:
-    """What the wheel holds: every module of the four packages and py.typed."""
+    """What the wheel holds: every module of the four packages and py.typed. (And, where a compiler was, the library.)"""
     files = {f"groundplan/{path.name}" for path in (root / "groundplan").glob("*.py")} | {"groundplan/py.typed"}
     for stage in STAGES:
         files |= {f"groundplan/{stage}/{path.name}" for path in (root / stage).glob("*.py")}
     return files
 
 
+def is_library(name: str) -> bool:
+    """Whether this is the library of tracer/mersenne.c, compiled; it is optional."""
+    path = PurePosixPath(name)
+    return path.parent == PurePosixPath("groundplan/tracer") and path.name in {f"_mersenne{end}" for end in EXTENSION_SUFFIXES}
+
+
 def wheel_problems(root: Path, wheel: Path) -> list[str]:
     """How the wheel's file list differs from the tree; empty when it does not."""
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    files = {name for name in held if ".dist-info/" not in name}
+    files = {name for name in held if ".dist-info/" not in name and not is_library(name)}
     expected = expected_files(root)
     problems = [f"missing from the wheel: {name}" for name in sorted(expected - files)]
     problems += [f"should not be in the wheel: {name}" for name in sorted(files - expected)]
@@ -133,10 +144,10 @@ def copy_sources(root: Path, target: Path) -> None:
     """What building needs, without the links and without an older build's leftovers."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, target / name)
-    ignored = shutil.ignore_patterns("__pycache__", *STAGES)
-    shutil.copytree(root / "groundplan", target / "groundplan", ignore=ignored)
+    leftovers = ("__pycache__", "*.so", "*.pyd")
+    shutil.copytree(root / "groundplan", target / "groundplan", ignore=shutil.ignore_patterns(*leftovers, *STAGES))
     for stage in STAGES:
-        shutil.copytree(root / stage, target / stage, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(root / stage, target / stage, ignore=shutil.ignore_patterns(*leftovers))
 
 
 def build_wheel(shell: Shell, python: Path, out: Path) -> None:

@@ -93,6 +93,24 @@ def separate_experts(**changes: Any) -> Build:
     return patched
 
 
+def truncated_vit(num_hidden_layers: int = 24) -> Build:
+    """ViT-Large whose linear and convolution weights are truncated at two standard deviations."""
+    from transformers import ViTConfig, ViTModel
+
+    class TruncatedViT(ViTModel):
+        def _init_weights(self, module: nn.Module) -> None:
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                super()._init_weights(module)
+                return
+            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    size = {"hidden_size": 1_024, "intermediate_size": 4_096, "num_attention_heads": 16}
+    config = ViTConfig(num_hidden_layers=num_hidden_layers, **size)
+    return lambda: TruncatedViT(config)
+
+
 MODELS: dict[str, Callable[..., Build]] = {
     "nn.Linear x 45,000": many_linears,
     "torch.nn GPT, 96 layers": stack_of_layers,
@@ -103,6 +121,7 @@ MODELS: dict[str, Callable[..., Build]] = {
     "Llama-3.2-1B": lambda **changes: published("llama-3.2-1b", **changes),
     "Llama-3.2-1B, 4 layers": lambda **changes: published("llama-3.2-1b", **{"num_hidden_layers": 4} | changes),
     "ViT-base": lambda **changes: published("vit-base-patch16-224", **changes),
+    "ViT, 300M, trunc_normal_ at 2 sigma": truncated_vit,
     "BERT-base": lambda **changes: default_of("BertModel", "BertConfig", **changes),
     "GPT-2": lambda **changes: default_of("GPT2LMHeadModel", "GPT2Config", **changes),
     "nn.Transformer": lambda **changes: nn.Transformer if not changes else lambda: nn.Transformer(16, 2, 1, 1, 16),
@@ -228,23 +247,31 @@ def _seconds(body: Callable[[], Any]) -> float:
 def script(
     measure: Callable[[str, str], Result], compare: Callable[[Sequence[str], int], list[Result]], models: Sequence[str]
 ) -> None:
-    """`python benchmarks/NAME.py [--repeats N] [--models A B]` compares; with `--child SIDE MODEL` it measures one side."""
+    """`python benchmarks/NAME.py [--repeats N] [--models A B]` compares; with `--child SIDE MODEL` it measures one side.
+
+    `models` are those that are compared when none is named.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--models", nargs="+", default=models, choices=models, metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=models, choices=MODELS, metavar="MODEL")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(*options.child)))
         return
     rows = compare(options.models, options.repeats)
-    print_table(rows)
+    print_table(rows, options.markdown)
     print(json.dumps({"benchmark": Path(sys.argv[0]).stem, "torch": torch.__version__, "repeats": options.repeats, "rows": rows}))
 
 
-def print_table(rows: Sequence[Result]) -> None:
-    """The rows as text, one column per key."""
+def print_table(rows: Sequence[Result], markdown: bool = False) -> None:
+    """The rows as text, or in Markdown, one column per key."""
     cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    if markdown:
+        for row in (cells[0], ["---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]):
+            print(f"| {' | '.join(row)} |")
+        return
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
         print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))

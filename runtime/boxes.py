@@ -83,10 +83,18 @@ def fill_box(fill: Penned, size: tuple[int, ...], box: Box, out: torch.Tensor, p
     workers.each(write, [range(start, min(start + share, len(starts))) for start in range(0, len(starts), share)])
 
 
-def cut_rows(size: tuple[int, ...], box: Box, out: torch.Tensor, draw: Draws, dtype: torch.dtype) -> None:
-    """The same as `fill_box` by way of `draw(first, row)`, which writes any elements, called in ascending order."""
+def cut_rows(
+    size: tuple[int, ...], box: Box, out: torch.Tensor, draw: Draws, dtype: torch.dtype, chunk: int | None = None
+) -> None:
+    """The same as `fill_box` by way of `draw(first, row)`, which writes any elements, called in ascending order.
+
+    It is asked for about `chunk` elements at a time.
+    """
     rows = Rows.of(size, box)
-    rows.cut_out(rows.starts, rows.shaped(out), draw, dtype)
+    if rows.is_one_stretch:
+        draw(rows.first, out.view(-1))
+    else:
+        rows.cut_out(rows.starts, rows.shaped(out), draw, dtype, chunk)
 
 
 @dataclass(frozen=True)
@@ -145,14 +153,15 @@ class Rows:
             pen.skip(first - pen.at)
             pen.run(stretch)
 
-    def cut_out(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype) -> None:
+    def cut_out(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype, chunk: int | None = None) -> None:
         """All elements around the wanted ones, as many rows at a time as fit into the cache, or a part of a long row."""
-        if self.length <= CHUNK:
-            self._cut_out_of_rows(starts, target, draw, dtype)
+        chunk = chunk or CHUNK
+        if self.length <= chunk:
+            self._cut_out_of_rows(starts, target, draw, dtype, chunk)
             return
         step = self.part.step
-        at_once = max(1, CHUNK // (self.inner * step))
-        scratch = torch.empty(at_once * step * self.inner, dtype=dtype, device="cpu")
+        at_once = max(1, chunk // (self.inner * step))
+        scratch = torch.empty(at_once * step * self.inner, dtype=dtype, device=target.device)
         for start, row in zip(starts, target, strict=True):
             for number in range(0, len(self.part), at_once):
                 indices = self.part[number : number + at_once]
@@ -160,9 +169,9 @@ class Rows:
                 draw(start + indices.start * self.inner, drawn)
                 row[number : number + at_once] = drawn.view(-1, self.inner)[::step]
 
-    def _cut_out_of_rows(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype) -> None:
-        at_once = max(1, CHUNK // self.length)
-        scratch = torch.empty(at_once, self.count, self.inner, dtype=dtype, device="cpu")
+    def _cut_out_of_rows(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype, chunk: int) -> None:
+        at_once = max(1, chunk // self.length)
+        scratch = torch.empty(at_once, self.count, self.inner, dtype=dtype, device=target.device)
         number = 0
         while number < len(starts):
             count = self._consecutive(starts, number, at_once)

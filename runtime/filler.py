@@ -16,6 +16,7 @@ from ..tracer.places import Place, skip
 from ..tracer.replay import Filler
 from ..tracer.traced import view_of
 from .boxes import fill_stretch
+from .cuda import passed_on_cuda
 from .fill import Fill, in_order
 from .pages import prefer_huge_pages
 from .truncated import Truncated
@@ -42,6 +43,10 @@ class Threaded(Filler):
             return start.after(draw)
         truncated = Truncated.of_op(op)
         return None if truncated is None else truncated.after(start, truncated.rounds(start, self.workers))
+
+    def passed_on_cuda(self, op: Op, start: torch.Tensor) -> torch.Tensor | None:
+        """As a `Filler`."""
+        return passed_on_cuda(op, start)
 
     def filled(self, op: Op, open_view: Callable[[View], torch.Tensor], start: Place) -> Place | None:
         """As a `Filler`."""

@@ -12,6 +12,7 @@ from ..tracer.graph import Op, View
 from ..tracer.places import Place
 from ..tracer.replay import Replay, Spot
 from .boxes import Box, cut_rows, fill_box, whole_box
+from .cuda import SCRATCH, CudaFill
 from .fill import Fill
 from .filler import Threaded
 from .pages import prefer_huge_pages
@@ -36,7 +37,7 @@ class PartialReplay(Replay):
         storages = list(dict.fromkeys(view.storage for view, box in wanted if all(box)))
         needed, _ = self._to_run(storages)
         ops = [self._ops[index] for index in needed]
-        elsewhere = [each.index for each in self._records if each.constant is not None or str(each.device) != "cpu"]
+        elsewhere = [each.index for each in self._records if each.constant is not None or _is_missing(str(each.device))]
         self._windows = Windows(ops, self._nbytes, elsewhere, self._is_by_element).find(wanted)
         self.run(storages)
         return [_own(self._piece(view, box)) if all(box) else _nothing(view, box) for view, box in wanted]
@@ -57,7 +58,7 @@ class PartialReplay(Replay):
             window = self._windows[index]
             order = memory_order(window.reference)
             make = torch.zeros if self._zeros else torch.empty
-            made = make([len(window.box[dim]) for dim in order], dtype=window.reference.dtype, device="cpu")
+            made = make([len(window.box[dim]) for dim in order], dtype=window.reference.dtype, device=self._records[index].device)
             prefer_huge_pages(made.untyped_storage())
             self._made[index] = made.permute(sorted(range(len(order)), key=order.__getitem__))
         return self._made[index]
@@ -113,8 +114,10 @@ class PartialReplay(Replay):
 
     def _drawn(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
         local = self._local(op)
-        if local is None or not isinstance(start, Place):
+        if local is None:
             return super()._drawn(op, start)
+        if not isinstance(start, Place):
+            return self._drawn_on_cuda(op, local, _sure(CudaFill.of(op, start)))
         fill = Fill.of_op(op)
         if fill is not None:
             if all(local):
@@ -135,6 +138,13 @@ class PartialReplay(Replay):
         finally:
             self._windows, self._made = windows, made
 
+    def _drawn_on_cuda(self, op: Op, local: Box, fill: CudaFill) -> torch.Tensor:
+        """Draw the box `local` of what the op fills, in large pieces: a kernel fills few elements no faster than many."""
+        pen = fill.pen()
+        if all(local):
+            self._fill_box(op, local, lambda size, box, out: cut_rows(size, box, out, pen.write_at, fill.dtype, SCRATCH))
+        return fill.end
+
     def _fill_box(self, op: Op, local: Box, fill: Callable[[tuple[int, ...], Box, torch.Tensor], None]) -> None:
         """Draw the box `local` of what the op fills: `fill` is given shape, box and where to, in the order of memory."""
         view = op.targets[0]
@@ -150,6 +160,11 @@ class PartialReplay(Replay):
             call.write(box[0].start * (call.fill.numel // size[0]), out.view(-1), start, self._threaded.workers)
         else:
             cut_rows(size, box, out, Settler(call, start).settle, call.fill.dtype)
+
+
+def _is_missing(device: str) -> bool:
+    """Whether tensors cannot be made there: the meta device, or CUDA where there is none."""
+    return device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available())
 
 
 def _nothing(view: View, box: Box) -> torch.Tensor:

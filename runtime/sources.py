@@ -16,6 +16,8 @@ from ..tracer.draws import REDRAWS, is_static
 from ..tracer.graph import Op
 from ..tracer.places import Place
 from ..tracer.schema import aten
+from ..tracer.streams import default_generator
+from .cuda import passed_on_cuda
 from .fill import created
 from .filler import LARGE, Threaded, advance
 from .pages import prefer_huge_pages
@@ -110,7 +112,13 @@ class EagerSource:
 
     def pass_over(self, op: Op, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: Generator) -> bool:
         """As a `Source`."""
-        return target.device.type == "cpu" and advance(func, target, args, generator or torch.default_generator)
+        if target.device.type == "cpu":
+            return advance(func, target, args, generator or torch.default_generator)
+        source = generator or default_generator(str(target.device))
+        end = passed_on_cuda(op, source.get_state())
+        if end is not None:
+            source.set_state(end)
+        return end is not None
 
     def truncate(self, op: Op, tensor: torch.Tensor, bounds: tuple[float, ...], generator: Generator) -> int | None:
         """As a `Source`."""

@@ -17,6 +17,7 @@ import torch
 from ..tracer.graph import Op, View
 from ..tracer.schema import aten
 from .boxes import Box, whole_box
+from .cuda import CudaFill
 from .fill import Fill
 from .truncated import Truncated
 
@@ -49,6 +50,8 @@ FILLED = (aten.zero_.default, aten.fill_.Scalar)
 
 def draws_by_element(op: Op) -> bool:
     """Whether each element that the op draws can be drawn by itself."""
+    if op.position is not None and op.position.device != "cpu":
+        return CudaFill.of(op, torch.zeros(16, dtype=torch.uint8)) is not None
     return Fill.of_op(op) is not None or Truncated.of_op(op) is not None
 
 

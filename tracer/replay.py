@@ -19,7 +19,7 @@ from .errors import TraceError
 from .graph import StreamPosition, View
 from .liveness import slice_indices
 from .places import Place
-from .streams import default_generator, generators_kept, moved_on
+from .streams import default_generator, generators_kept
 
 Spot = Place | torch.Tensor
 """Where a generator stands: a place in the CPU's stream; on CUDA its state, which is only a seed and an offset."""
@@ -32,6 +32,10 @@ class Filler:
         """Where the CPU's stream stands after `op`, without its values; None where that takes running it."""
         draw = draw_of(op)
         return None if draw is None else start.after(draw)
+
+    def passed_on_cuda(self, op: Any, start: torch.Tensor) -> torch.Tensor | None:
+        """The same for the state of a CUDA generator."""
+        return None
 
     def filled(self, op: Any, open_view: Callable[[View], torch.Tensor], start: Place) -> Place | None:
         """Draw what `op` fills; None where it is to be called as it is."""
@@ -177,7 +181,11 @@ class Replay:
 
     def _passed_over(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
         """Where the generator stands after an op whose values nobody wants."""
-        known: Spot | None = self._filler.passed(op, start) if isinstance(start, Place) else moved_on(op, start)
+        known: Spot | None
+        if isinstance(start, Place):
+            known = self._filler.passed(op, start)
+        else:
+            known = self._filler.passed_on_cuda(op, start)
         if known is not None:
             return known
         kept = {target.storage: self.storages.pop(target.storage, None) for target in op.targets}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .errors import TraceError
-from .graph import Op, StreamPosition
+from .graph import StreamPosition
 from .imagined import ImaginedGenerator, current_device
 
 _CPU = torch.default_generator
@@ -169,11 +169,6 @@ def restore_generators(states: dict[str, torch.Tensor]) -> None:
     """Put default generators into the given states (by device)."""
     for name, state in states.items():
         default_generator(name).set_state(state)
-
-
-def moved_on(op: Op, state: torch.Tensor) -> torch.Tensor | None:
-    """The state of a CUDA generator after `op`, without running it; None where what it draws is not certain."""
-    return None
 
 
 def default_generator(device: str) -> torch.Generator:
