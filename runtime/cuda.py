@@ -24,7 +24,7 @@ SCRATCH = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class CudaFill:
-    """A call of `func` with scalars `args` that fills `numel` contiguous elements of `dtype` from a generator in state `start`."""
+    """A call of `func` with scalars `args` that fills `numel` contiguous elements of `dtype`, its generator in state `start`."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]

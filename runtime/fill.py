@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..tracer.draws import BLOCK, HALF, draw_of_call, is_random_fill, is_trunc_normal
 from ..tracer.graph import Op, View
+from ..tracer.native import Kind, Native, native
 from ..tracer.places import Draw, Place, skip
 from ..tracer.schema import aten
 
@@ -154,6 +155,10 @@ class Pen:
         self.skip(first - self.at)
         self.write(out)
 
+    def write_rows(self, out: torch.Tensor, gap: int) -> bool:
+        """Write the rows of `out`, passing over `gap` elements between two; False, and nothing is done, where it cannot."""
+        return False
+
     def chunks(self, count: int) -> Iterator[int]:
         """How many elements to write at a time, `count` in all."""
         for start in range(0, count, CHUNK):
@@ -172,12 +177,86 @@ class Pen:
             start += count
 
 
-_SERIAL = 1 << 14  # elements: torch hands larger conversions to threads of its own, and these pieces have threads already
+_SERIAL = 1 << 15  # elements: torch hands larger conversions to threads of its own, and these pieces have threads already
 
 
 def _convert(source: torch.Tensor, target: torch.Tensor) -> None:
     for start in range(0, len(source), _SERIAL):
         target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
+
+
+class _Hand:
+    """What draws for a pen: torch's generator, somewhere after `place`; `words` says where."""
+
+    def __init__(self, fill: Fill, place: Place, words: int) -> None:
+        self._fill, self._place, self.words = fill, place, words
+        self._generator = place.moved(words).generator()
+
+    def draw(self, out: torch.Tensor, words: int) -> None:
+        """Fill `out`, which takes so many words."""
+        self._fill.func(out, *self._fill.args, generator=self._generator)
+        self.words += words
+
+    def skip(self, words: int) -> None:
+        """Pass over so many words."""
+        if words < _JUMPED:
+            skip(words, self._generator)
+        else:
+            self._place.moved(self.words).reached(self._generator)
+            self._generator = self._place.moved(self.words + words).generator()
+        self.words += words
+
+    def arrived(self) -> None:
+        """Tell the stream where this is."""
+        self._place.moved(self.words).reached(self._generator)
+
+
+class _CompiledHand(_Hand):
+    """The same by compiled code, which torch's generator takes no part in."""
+
+    def __init__(self, fill: Fill, place: Place, words: int, compiled: Native) -> None:
+        self._fill, self._place, self.words = fill, place, words
+        self._compiled = compiled
+        self._call = compiled.uniform if fill.func is aten.uniform_.default else compiled.normal
+        self._block, self._next = place.stream.block(place.words + words)
+
+    def draw(self, out: torch.Tensor, words: int) -> None:
+        self._next = self._call(self._block, self._next, out, *_bounds(self._fill))
+        self.words += words
+
+    def rows(self, out: torch.Tensor, gap: int, words: int) -> None:
+        """Fill the rows of `out`, passing over `gap` words between two: so many words in all."""
+        kind: Kind = "uniform" if self._fill.func is aten.uniform_.default else "normal"
+        self._next = self._compiled.rows(kind, self._block, self._next, out, gap, *_bounds(self._fill))
+        self.words += words
+
+    def skip(self, words: int) -> None:
+        if words < _COMPILED_JUMPED:
+            self._next = self._compiled.skip(self._block, self._next, words)
+        else:
+            self.arrived()
+            self._block, self._next = self._place.stream.block(self._place.words + self.words + words)
+        self.words += words
+
+    def arrived(self) -> None:
+        self._place.stream.note(self._place.words + self.words, self._block.copy())
+
+
+_COMPILED_JUMPED = 4_000_000  # words that are jumped over rather than twisted over
+
+
+def _bounds(fill: Fill) -> tuple[float, float]:
+    """The two scalars of a `uniform_` or `normal_`, torch's defaults where they are not given."""
+    low = fill.args[0] if fill.args else 0.0
+    return low, fill.args[1] if len(fill.args) > 1 else 1.0
+
+
+def _hand(fill: Fill, place: Place, words: int) -> _Hand:
+    compiled = native()
+    kinds: dict[Any, Kind] = {aten.uniform_.default: "uniform", aten.normal_.default: "normal"}
+    if compiled is not None and fill.func in kinds and compiled.fills(fill.dtype, kinds[fill.func]):
+        return _CompiledHand(fill, place, words, compiled)
+    return _Hand(fill, place, words)
 
 
 class _StreamPen(Pen):
@@ -186,11 +265,18 @@ class _StreamPen(Pen):
     def __init__(self, fill: Fill, place: Place) -> None:
         super().__init__(fill.dtype)
         self.fill, self._place = fill, place
+        self._hand: _Hand | None = None
 
-    def _ended(self, generator: torch.Generator) -> None:
-        """Tell the stream where the generator has arrived, if the whole fill is written."""
-        if self.at == self.fill.numel:
-            self._place.after(self.fill.draw).reached(generator)
+    def _at(self, words: int) -> _Hand:
+        """The hand, `words` words after the fill's start."""
+        if self._hand is None or words < self._hand.words:
+            self._hand = _hand(self.fill, self._place, words)
+        elif words > self._hand.words:
+            self._hand.skip(words - self._hand.words)
+        return self._hand
+
+    def skip(self, count: int) -> None:
+        self.at += count
 
 
 class _EachPen(_StreamPen):
@@ -199,28 +285,22 @@ class _EachPen(_StreamPen):
     def __init__(self, fill: Fill, place: Place) -> None:
         super().__init__(fill, place)
         self._words = fill.draw.words // fill.numel
-        self._generator: torch.Generator | None = None
 
     def write(self, out: torch.Tensor) -> None:
-        if self._generator is None:
-            self._generator = self._place.moved(self.at * self._words).generator()
-        self.fill.func(out, *self.fill.args, generator=self._generator)
+        hand = self._at(self.at * self._words)
+        hand.draw(out, len(out) * self._words)
         self.at += len(out)
-        self._ended(self._generator)
+        if self.at == self.fill.numel:
+            hand.arrived()
 
-    def skip(self, count: int) -> None:
-        if self._generator is not None:
-            self._generator = _moved(self._generator, self._place, self.at * self._words, count * self._words)
-        self.at += count
-
-
-def _moved(generator: torch.Generator, place: Place, start: int, count: int) -> torch.Generator:
-    """A generator that stands `start` words after `place`, `count` words further on."""
-    if count < _JUMPED:
-        skip(count, generator)
-        return generator
-    place.moved(start).reached(generator)
-    return place.moved(start + count).generator()
+    def write_rows(self, out: torch.Tensor, gap: int) -> bool:
+        hand = self._at(self.at * self._words)
+        if not isinstance(hand, _CompiledHand):
+            return False
+        elements = out.numel() + (len(out) - 1) * gap
+        hand.rows(out, gap, elements)
+        self.at += elements
+        return True
 
 
 class _BlockPen(_StreamPen):
@@ -230,9 +310,7 @@ class _BlockPen(_StreamPen):
         super().__init__(fill, place)
         self._each = 2 if fill.dtype == torch.float64 else 1
         self._whole = fill.numel // BLOCK * BLOCK
-        self._generator: torch.Generator | None = None
-        self._block: torch.Tensor | None = None  # the block that `at` lies within, once it is drawn
-        self._drawn = 0  # the element at which the generator stands, a multiple of 16
+        self._block: tuple[int, torch.Tensor] | None = None  # the block drawn last for a part of it, and its first element
         self._tail: torch.Tensor | None = None
 
     def write(self, out: torch.Tensor) -> None:
@@ -241,47 +319,40 @@ class _BlockPen(_StreamPen):
             wanted = min(count - done, self._whole - self.at)
             if self.at % BLOCK == 0 and wanted >= BLOCK:
                 wanted = wanted // BLOCK * BLOCK
-                self._draw(out[done : done + wanted])
+                self._at(self.at * self._each).draw(out[done : done + wanted], wanted * self._each)
             else:
-                wanted = min(wanted, BLOCK - self.at % BLOCK)
                 within = self.at % BLOCK
+                wanted = min(wanted, BLOCK - within)
                 out[done : done + wanted] = self._current()[within : within + wanted]
             self.at += wanted
             done += wanted
         self.at = start + count
         if self._whole < self.fill.numel:
             self._write_tail(out, start)
-        elif self._generator is not None and self._drawn == self._whole:
-            self._ended(self._generator)
+        elif self.at == self._whole and self._hand is not None and self._hand.words == self._whole * self._each:
+            self._hand.arrived()
 
-    def skip(self, count: int) -> None:
-        self.at += count
-
-    def _draw(self, out: torch.Tensor) -> None:
-        """Draw whole blocks from `at` on."""
-        generator = self._placed(self.at)
-        self.fill.func(out, *self.fill.args, generator=generator)
-        self._drawn = self.at + len(out)
+    def write_rows(self, out: torch.Tensor, gap: int) -> bool:
+        elements = out.numel() + (len(out) - 1) * gap
+        aligned = self.at % BLOCK == 0 and out.shape[1] % BLOCK == 0 and gap % BLOCK == 0
+        inside = self._whole == self.fill.numel or self.at + elements <= self.fill.numel - BLOCK
+        if not (aligned and inside):
+            return False
+        hand = self._at(self.at)
+        if not isinstance(hand, _CompiledHand):
+            return False
+        hand.rows(out, gap, elements)
+        self.at += elements
+        return True
 
     def _current(self) -> torch.Tensor:
         """The block that `at` lies within."""
         start = self.at // BLOCK * BLOCK
-        if self._block is None or self._drawn != start + BLOCK:
-            generator = self._placed(start)
-            self._block = torch.empty(BLOCK, dtype=self.fill.dtype, device="cpu")
-            self.fill.func(self._block, *self.fill.args, generator=generator)
-            self._drawn = start + BLOCK
-        return self._block
-
-    def _placed(self, start: int) -> torch.Generator:
-        """The generator, at the block that starts with element `start`."""
-        ahead = start - self._drawn
-        if self._generator is None or ahead < 0:
-            self._generator = self._place.moved(start * self._each).generator()
-        elif ahead:
-            self._generator = _moved(self._generator, self._place, self._drawn * self._each, ahead * self._each)
-        self._block = None
-        return self._generator
+        if self._block is None or self._block[0] != start:
+            block = torch.empty(BLOCK, dtype=self.fill.dtype, device="cpu")
+            self._at(start * self._each).draw(block, BLOCK * self._each)
+            self._block = start, block
+        return self._block[1]
 
     def _write_tail(self, out: torch.Tensor, start: int) -> None:
         """The last 16 elements are drawn once more, with the words that follow."""
@@ -290,19 +361,20 @@ class _BlockPen(_StreamPen):
             return
         if self._tail is None:
             words = self._whole if self.fill.dtype in HALF else self.fill.numel * self._each
-            generator = self._place.moved(words).generator()
             self._tail = torch.empty(BLOCK, dtype=self.fill.dtype, device="cpu")
-            self.fill.func(self._tail, *self.fill.args, generator=generator)
-            self._place.after(self.fill.draw).reached(generator)
+            hand = _hand(self.fill, self._place, words) if self._hand is None or self._hand.words > words else self._at(words)
+            hand.draw(self._tail, BLOCK * self._each)
+            hand.arrived()
         begin = max(start, first)
         out[begin - start :] = self._tail[begin - first : start + len(out) - first]
 
 
-class _SinglePen(_StreamPen):
+class _SinglePen(Pen):
     """Normal samples that are drawn one by one, two of them from each pair of doubles."""
 
     def __init__(self, fill: Fill, place: Place) -> None:
-        super().__init__(fill, place)
+        super().__init__(fill.dtype)
+        self.fill, self._place = fill, place
         self._generator: torch.Generator | None = None
 
     def write(self, out: torch.Tensor) -> None:
@@ -312,7 +384,6 @@ class _SinglePen(_StreamPen):
         self.fill.func(apart, *self.fill.args, generator=self._generator)
         out.copy_(apart)
         self.at += len(out)
-        self._ended(self._generator)
 
     def skip(self, count: int) -> None:
         self.at += count

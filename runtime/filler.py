@@ -12,6 +12,7 @@ import torch
 
 from ..tracer.draws import draw_of, draw_of_call, is_trunc_normal
 from ..tracer.graph import Op, View
+from ..tracer.native import native
 from ..tracer.places import Place, skip
 from ..tracer.replay import Filler
 from ..tracer.traced import view_of
@@ -22,8 +23,8 @@ from .pages import prefer_huge_pages
 from .truncated import Truncated
 from .workers import Workers
 
-LARGE = 1 << 20
-"""Elements from which on a fill is worth taking apart."""
+LARGE = 1 << 20  # elements from which on a fill is worth taking apart
+_LARGE_COMPILED = 1 << 14  # the same where compiled code draws
 
 _DRAWN = 1 << 16  # words that are drawn and dropped rather than worked out
 
@@ -51,7 +52,7 @@ class Threaded(Filler):
     def filled(self, op: Op, open_view: Callable[[View], torch.Tensor], start: Place) -> Place | None:
         """As a `Filler`."""
         view = op.targets[0]
-        if view.numel < LARGE or view.dtype.is_complex:
+        if not is_large(view.numel) or view.dtype.is_complex:
             return None
         if is_trunc_normal(op.func):
             done = self.truncated(open_view(view), op.args[1:], start)
@@ -63,14 +64,14 @@ class Threaded(Filler):
 
     def fill(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], start: Place) -> Place | None:
         """Fill `target` as `func(target, *args)` does from `start`; None, and nothing is done, where torch is to do it."""
-        if target.numel() < LARGE or target.device.type != "cpu":
+        if not is_large(target.numel()) or target.device.type != "cpu":
             return None
         fill = Fill.of(func, args, target.dtype, target.numel(), target.is_contiguous())
         return None if fill is None else self._fill(fill, target, start)
 
     def truncated(self, target: torch.Tensor, args: tuple[float, ...], start: Place) -> tuple[Place, int] | None:
         """The same for `trunc_normal_` with `args` (mean, std, a, b); also says how many rounds it took."""
-        if target.numel() < LARGE or target.device.type != "cpu":
+        if not is_large(target.numel()) or target.device.type != "cpu":
             return None
         call = Truncated.of(args, target.dtype, target.numel(), target.is_contiguous())
         if call is None:
@@ -100,6 +101,11 @@ class Threaded(Filler):
         prefer_huge_pages(row.untyped_storage())
         fill_stretch(fill, 0, row, start, self.workers)
         return start.after(fill.draw)
+
+
+def is_large(numel: int) -> bool:
+    """Whether a fill of so many elements is worth taking apart."""
+    return numel >= (LARGE if native() is None else min(LARGE, _LARGE_COMPILED))
 
 
 def advance(func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: torch.Generator) -> bool:

@@ -19,7 +19,7 @@ from ..tracer.schema import aten
 from ..tracer.streams import default_generator
 from .cuda import passed_on_cuda
 from .fill import created
-from .filler import LARGE, Threaded, advance
+from .filler import Threaded, advance, is_large
 from .pages import prefer_huge_pages
 
 Generator = torch.Generator | None
@@ -136,7 +136,7 @@ class EagerSource:
 
     def call(self, op: Op, args: Any, kwargs: dict[str, Any]) -> Any:
         """As a `Source`."""
-        call = created(op, args, kwargs) if op.targets and op.targets[0].numel >= LARGE else None
+        call = created(op, args, kwargs) if op.targets and is_large(op.targets[0].numel) else None
         if call is None:
             return op.func(*args, **kwargs)
         out, func, scalars = call
@@ -145,7 +145,7 @@ class EagerSource:
 
     def _fill(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], generator: Generator) -> bool:
         """Fill a large tensor in pieces; False, and nothing is done, where torch is to do it."""
-        if target.numel() < LARGE or target.device.type != "cpu":
+        if not is_large(target.numel()) or target.device.type != "cpu":
             return False
         source = generator or torch.default_generator
         end = self._filler.fill(func, target, args, Place.at(source.get_state()))

@@ -20,7 +20,7 @@ from .boxes import pieces
 from .fill import CHUNK, Fill, Pen
 from .workers import Workers
 
-_FEW = 8  # elements of a chunk: so few are drawn one by one, in their blocks
+_FEW = 4  # elements of a chunk: so few are drawn one by one, in their blocks
 _BLOCK = 16
 
 

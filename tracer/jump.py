@@ -9,27 +9,14 @@ random number generators", 2008).
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .native import native
-
-WORDS = 624
-DEGREE = 19937
+from .native import DEGREE, PACKED, WORDS, characteristic_terms, native, untempered
 
 Block = NDArray[np.uint32]
 Bits = NDArray[np.uint8]  # one coefficient of a polynomial an element, the lowest first
-
-# The exponents of the characteristic polynomial, as differences from one to the next, starting from its degree.
-_GAPS = """
-623 227 227 169 58 227 169 58 111 116 111 58 58 227 53 116 58 111 116 111 58 53 5 222 5 53 116 53 5 111 111 5 111 58 58 227 53
-53 63 58 106 5 116 111 58 53 5 48 174 5 53 116 53 5 111 111 5 111 58 58 227 53 53 63 58 106 5 116 111 58 53 5 48 174 5 53 116
-53 5 58 53 111 5 111 58 58 280 53 63 43 121 5 101 126 101 10 53 106 58 10 58 169 159 68 565 159 68 396 1299 227 227 169 58 48
-348 560 232 676 908 391 227 227 227 227 227 227 227 280 623 227 58 169 227 1189
-"""
-EXPONENTS = tuple(accumulate((int(gap) for gap in _GAPS.split()), lambda above, gap: above - gap, initial=DEGREE))
 
 
 def jumped(block: Block, distance: int) -> Block:
@@ -108,22 +95,11 @@ def _words_from(block: Block, count: int) -> Block:
     """The first `count` words of the stream that starts with `block`: numpy draws them, and the tempering is undone."""
     generator = np.random.MT19937()
     generator.state = {"bit_generator": "MT19937", "state": {"key": block, "pos": WORDS}}
-    return np.concatenate([block, _untempered(generator.random_raw(count - WORDS).astype(np.uint32))])
-
-
-def _untempered(word: Block) -> Block:
-    word = word ^ (word >> np.uint32(18))
-    word = word ^ ((word << np.uint32(15)) & np.uint32(0xEFC60000))
-    shifted = word
-    for _ in range(4):
-        shifted = word ^ ((shifted << np.uint32(7)) & np.uint32(0x9D2C5680))
-    once = shifted ^ (shifted >> np.uint32(11))
-    return shifted ^ (once >> np.uint32(11))
+    return np.concatenate([block, untempered(generator.random_raw(count - WORDS).astype(np.uint32))])
 
 
 # -- powers of x --------------------------------------------------------------------------------------------------------
 
-_PACKED = 2496  # bytes: 312 words of 64 bits
 _FREE_BITS = 14  # x^16383 is itself, no reduction needed
 
 
@@ -131,7 +107,7 @@ _FREE_BITS = 14  # x^16383 is itself, no reduction needed
 def packed_power(distance: int) -> Bits:
     """x^distance modulo the characteristic polynomial, eight coefficients a byte."""
     free = max(0, distance.bit_length() - _FREE_BITS)
-    bits = np.zeros(8 * _PACKED, np.uint8)
+    bits = np.zeros(8 * PACKED, np.uint8)
     bits[distance >> free] = 1
     power = np.packbits(bits, bitorder="little")
     for place in reversed(range(free)):
@@ -168,12 +144,12 @@ def _times_x(power: Bits) -> Bits:
     bits = np.unpackbits(power, bitorder="little")
     moved = np.concatenate(([0], bits[: DEGREE - 1])).astype(np.uint8)
     if bits[DEGREE - 1]:
-        moved[list(EXPONENTS[1:])] ^= 1
+        moved[characteristic_terms()[1:]] ^= 1
     return _packed(moved)
 
 
 def _packed(bits: Bits) -> Bits:
-    packed = np.zeros(_PACKED, np.uint8)
+    packed = np.zeros(PACKED, np.uint8)
     packed[: -(-DEGREE // 8)] = np.packbits(bits, bitorder="little")
     return packed
 
@@ -199,20 +175,21 @@ def _multiplied(bits: Bits, transform: NDArray[np.complex128]) -> Bits:
 def _transformed() -> tuple[NDArray[np.complex128], NDArray[np.complex128]]:
     """The Fourier transforms of the characteristic polynomial p, and of x^(2 * 19937) divided by p."""
     bits = np.zeros(DEGREE + 1, np.uint8)
-    bits[list(EXPONENTS)] = 1
+    bits[characteristic_terms()] = 1
     inverse = _divided()
     return np.fft.rfft(bits.astype(np.float64), _LENGTH), np.fft.rfft(inverse.astype(np.float64), _LENGTH)
 
 
 def _divided() -> Bits:
     """x^(2 * 19937) divided by p, by long division: as p's second exponent lies far below, hundreds of bits at a time."""
-    gap = EXPONENTS[0] - EXPONENTS[1]
+    exponents = characteristic_terms().tolist()
+    gap = exponents[0] - exponents[1]
     rest, quotient, top = 1 << (2 * DEGREE), 0, 2 * DEGREE
     while top >= DEGREE:
         low = max(DEGREE, top - gap + 1)
         part = rest >> low
         quotient |= part << (low - DEGREE)
-        for exponent in EXPONENTS:
+        for exponent in exponents:
             rest ^= part << (exponent + low - DEGREE)
         top = low - 1
-    return np.unpackbits(np.frombuffer(quotient.to_bytes(_PACKED, "little"), np.uint8), bitorder="little")[: DEGREE + 1]
+    return np.unpackbits(np.frombuffer(quotient.to_bytes(PACKED, "little"), np.uint8), bitorder="little")[: DEGREE + 1]

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .jump import WORDS, Block, is_known, jumped, twisted
+from .jump import Block, is_known, jumped, twisted
+from .native import WORDS, native
 
 # torch's CPUGeneratorImplState, little-endian: `left` and `next` say how much of the block `state` has been used
 _LAYOUT = np.dtype(
@@ -36,7 +37,7 @@ _SAMPLED = 5040  # the byte that says whether a normal sample is kept
 _SKIPPED_AT_ONCE = 1 << 15
 _KEPT_BLOCKS = 4096  # of 2.5 kB
 _JUMP_FROM = 600_000  # words: from here on a jump whose polynomial is known beats drawing
-_FIRST_JUMP_FROM = 6_000_000  # words: and from here on one whose polynomial is not
+_FIRST_JUMP_FROM = 6_000_000  # words: and from here on one whose polynomial is not, or any against compiled twists
 
 
 class Draw(NamedTuple):
@@ -73,10 +74,17 @@ class Stream:
             state = self._written(self._block(number), used)
         return _with_samples(state, samples)
 
-    def note(self, words: int, state: torch.Tensor) -> None:
-        """Remember that a generator has arrived at `state` after `words` words: what comes after need not be jumped to."""
+    def block(self, words: int) -> tuple[Block, int]:
+        """The block that the generator is in after `words` words, and how much of it is used: 624 before the next twist."""
+        if words == 0:
+            return self._blocks[0].copy(), self._used
+        number, used = self._located(words)
+        return self._block(number).copy(), used
+
+    def note(self, words: int, block: Block) -> None:
+        """Remember that a generator is in `block` after `words` words: what comes after need not be jumped to."""
         if words:
-            self._keep(self._located(words)[0], _block_of(state))
+            self._keep(self._located(words)[0], block)
 
     def _located(self, words: int) -> tuple[int, int]:
         """The number of the block that holds the last of `words` words, and how much of it they use."""
@@ -101,9 +109,10 @@ class Stream:
 
     def _advanced(self, block: Block, count: int) -> Block:
         words = count * WORDS
-        if words >= _FIRST_JUMP_FROM or (words >= _JUMP_FROM and is_known(words)):
+        compiled = native() is not None
+        if words >= _FIRST_JUMP_FROM or (words >= _JUMP_FROM and not compiled and is_known(words)):
             return jumped(block, words)
-        if count < 4:
+        if count < 4 or compiled:
             return twisted(block, count)
         generator = torch.Generator()
         generator.set_state(self._written(block, WORDS))
@@ -217,7 +226,7 @@ class Place:
 
     def reached(self, generator: torch.Generator) -> None:
         """Tell the stream that `generator` has arrived here."""
-        self.stream.note(self.words, generator.get_state())
+        self.stream.note(self.words, _block_of(generator.get_state()))
 
     def _samples(self) -> torch.Tensor | None:
         """A state that keeps the same normal sample."""

@@ -181,11 +181,8 @@ class Replay:
 
     def _passed_over(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
         """Where the generator stands after an op whose values nobody wants."""
-        known: Spot | None
-        if isinstance(start, Place):
-            known = self._filler.passed(op, start)
-        else:
-            known = self._filler.passed_on_cuda(op, start)
+        filler = self._filler
+        known: Spot | None = filler.passed(op, start) if isinstance(start, Place) else filler.passed_on_cuda(op, start)
         if known is not None:
             return known
         kept = {target.storage: self.storages.pop(target.storage, None) for target in op.targets}
