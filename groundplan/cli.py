@@ -1,4 +1,4 @@
-"""The command line: `groundplan report | materialize | explain SPEC`.
+"""The command line: `groundplan report | materialize | explain SPEC`, `groundplan doctor`.
 
 Errors that groundplan raises on purpose, and those of the user's constructor, end as one message on stderr and exit code 1.
 With `--json` stdout holds one JSON object and nothing else; what the constructor prints goes to stderr.
@@ -26,6 +26,7 @@ from rich.markup import escape
 
 import groundplan as gp
 
+from .doctor import examine
 from .planner.memory import human_bytes
 from .planner.workload import COPIES
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
@@ -115,6 +116,19 @@ def explain(
     typer.echo(text)
 
 
+# -- doctor -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say which ways are open on this machine: what draws random numbers here, tried against torch's own results."""
+    found = examine()
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        typer.echo(str(found))
+
+
 # -- materialize --------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +140,8 @@ def materialize(
     kwargs: KwargsOption = "{}",
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    rng: Annotated[str, typer.Option(help="`eager`, or `keyed`: values by the seed and each name alone.")] = "eager",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that draw random numbers; all cores if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already in DIR.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -135,7 +151,7 @@ def materialize(
         plan = _plan(parsed, dtype, device)
         _check_room(plan, out)
         with _constructing(parsed.name):
-            model = plan.materialize(seed=seed)
+            model = plan.materialize(seed=seed, rng=rng, threads=threads)
         saved = save_state(named_state(model), written.temporary(WEIGHTS))
         if parsed.config:
             write_config(parsed.config, model, written.temporary(CONFIG))
@@ -145,6 +161,7 @@ def materialize(
         "spec": parsed.name,
         "files": [str(path) for path in written.paths],
         "seed": seed,
+        "rng": rng,
         "tensors": saved.tensors,
         "bytes": saved.nbytes,
         "ties": dict(saved.ties),

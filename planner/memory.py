@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..tracer.draws import is_counted_fill
+from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.errors import GroundplanError
-from ..tracer.graph import ParamGraph, Storage, TensorNode
+from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
 from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
 from .workload import Training
 
@@ -135,6 +135,7 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     walk = _Walk(graph)
     for step in decisions.steps:
         walk.take(step)
+    walk.finish()
     timelines = _timelines(graph, decisions, workload, walk)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
@@ -237,6 +238,7 @@ class _Block:
     kept: bool = False
     may_wait: bool = False
     waiting: bool = False
+    drawn: View | None = None  # what its last fill writes, where that can be converted while it is drawn
 
 
 @dataclass(slots=True, eq=False)
@@ -276,9 +278,16 @@ class _Walk:
         for place, device, dtype in converted:
             self._convert(place, device, dtype)
 
+    def finish(self) -> None:
+        """The end of the build: what still waits, and is referred to, is allocated and filled."""
+        self._start([])
+        for block in self._blocks.values():
+            if block.waiting and (block.places or block.kept):
+                block.waiting = False
+                self._allocate(block)
+
     def resident(self) -> list[Change]:
         """What is there when every step is taken: one change per block."""
-        self._start([])
         blocks = {id(place.block): place.block for place in self._places}
         blocks.update((id(block), block) for block in self._blocks.values() if block.kept)
         return [Change(block.device, block.label, block.nbytes) for block in blocks.values()]
@@ -296,14 +305,15 @@ class _Walk:
 
     def _convert(self, place: _Place, device: str, dtype: torch.dtype) -> None:
         source = place.block
-        if source.waiting:
+        drawn = source.waiting and source.device == device and source.drawn == place.tensor.view  # converted as it is drawn
+        if source.waiting and not drawn:
             source.waiting = False
             self._allocate(source)
         place.block = _Block(device, source.label, place.tensor.numel * dtype.itemsize, places=1)
         place.dtype = dtype
         self._allocate(place.block)
         source.places -= 1
-        if not source.places and not source.kept:
+        if not source.places and not source.kept and not source.waiting:
             self.changes.append(Change(source.device, source.label, -source.nbytes))
 
     def _allocate(self, block: _Block) -> None:
@@ -313,7 +323,7 @@ class _Walk:
 def _blocks(graph: ParamGraph) -> dict[int, _Block]:
     """A block for every storage that takes up memory, by the storage's index; a meta storage takes up none."""
     labels = {tensor.view.storage: tensor.name for tensor in reversed(graph.tensors)}
-    looked_at = _looked_at(graph)
+    looked_at, last = _looked_at(graph), {op.writes[0].storage: op for op in graph.ops if not op.unread and is_counted_fill(op)}
     return {
         storage.index: _Block(
             device=_memory_device(storage.device),
@@ -321,6 +331,7 @@ def _blocks(graph: ParamGraph) -> dict[int, _Block]:
             nbytes=storage.nbytes,
             kept=storage.held,
             may_wait=_may_wait(storage) and storage.index not in looked_at,
+            drawn=_converted(last.get(storage.index), storage),
         )
         for storage in graph.held_storages
         if storage.device != "meta"
@@ -329,6 +340,14 @@ def _blocks(graph: ParamGraph) -> dict[int, _Block]:
 
 def _may_wait(storage: Storage) -> bool:
     return storage.nbytes >= WAITING_BYTES and storage.constant is None and not storage.exposed and storage.device == HOST
+
+
+def _converted(last: Op | None, storage: Storage) -> View | None:
+    """What the last fill of a storage writes, if it is all of it and can be converted while it is drawn."""
+    if last is None or last.writes[0].nbytes != storage.nbytes or last.writes[0].dtype.is_complex:
+        return None
+    draw = draw_of(last) if last.random else None
+    return last.writes[0] if not last.random or (draw is not None and not draw.normals) else None
 
 
 def _looked_at(graph: ParamGraph) -> set[int]:
@@ -384,7 +403,8 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct leaves out what the constructor makes and drops, and temporaries inside an op, such as orthogonal_'s"
     if decisions.steps:
-        yield "construct converts one tensor at a time, as nn.Module.to does; overridden _apply (nn.LSTM) may take more"
+        yield "construct converts what is merely filled while it is drawn, other tensors one at a time, as nn.Module.to does"
+        yield "construct may take more where _apply is overridden (nn.LSTM)"
     yield "load reads a checkpoint of the final dtypes one tensor at a time, each by way of host memory"
     if workload is not None:
         yield "training: activations and temporary workspaces are not included yet"

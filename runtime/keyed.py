@@ -26,11 +26,12 @@ from ..tracer.places import Place, state_from
 from ..tracer.replay import Spot
 from ..tracer.streams import default_generator
 from .boxes import fill_box, fill_stretch
-from .fill import Pen, as_fill, created
+from .fill import Fill, Pen, as_fill, created
 from .filler import alias_of
 from .pages import prefer_huge_pages
 from .parts import PartialReplay
 from .sources import Generator, Pending
+from .truncated import Truncated
 from .windows import by_element, memory_order
 from .workers import Workers
 
@@ -55,16 +56,13 @@ class Keys:
                 found.setdefault(op.index, (tensor.name, number))
         return cls(seed, found)
 
-    def generator(self, op: Op, block: int, device: torch.device) -> torch.Generator:
-        """The generator of a block."""
+    def state(self, op: Op, block: int, device: torch.device) -> torch.Tensor:
+        """The state of the generator of a block."""
         name, number = self.by_op.get(op.index, ("", op.index))
         key = hashlib.shake_256(repr((self.seed, name, number, block)).encode())
-        generator = torch.Generator(device)
         if device.type == "cpu":
-            generator.set_state(state_from(key.digest(4 * 624)))
-        else:
-            generator.manual_seed(int.from_bytes(key.digest(8), "little"))
-        return generator
+            return state_from(key.digest(4 * 624))
+        return torch.Generator(device).manual_seed(int.from_bytes(key.digest(8), "little")).get_state()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,22 @@ class KeyedFill:
 
     def draw(self, block: int, out: torch.Tensor) -> None:
         """Write all elements of a block into the row `out`."""
-        self.func(out, *self.args, generator=self.keys.generator(self.op, block, out.device))
+        state = self.keys.state(self.op, block, out.device)
+        if out.device.type != "cpu" or not self._draw_in_pieces(out, Place.at(state)):
+            generator = torch.Generator(out.device)
+            generator.set_state(state)
+            self.func(out, *self.args, generator=generator)
+
+    def _draw_in_pieces(self, out: torch.Tensor, start: Place) -> bool:
+        """The same bits, sooner where compiled code draws; False, and nothing is done, where torch is to draw."""
+        if is_trunc_normal(self.func):
+            call = Truncated.of(self.args, self.dtype, len(out), True)
+            return call is not None and call.write(0, out, start, Workers(1)) > 0
+        fill = Fill.of(self.func, self.args, self.dtype, len(out), True)
+        if fill is None:
+            return False
+        fill.pen(start).write(out)
+        return True
 
     def fill(self, target: torch.Tensor, workers: Workers) -> None:
         """Write all elements into `target`, on whatever device."""
@@ -220,7 +233,7 @@ def drawn_whole(keys: Keys, op: Op, call: Callable[[], Any]) -> Any:
     assert op.position is not None
     generator = default_generator(op.position.device)
     before = generator.get_state()
-    generator.set_state(keys.generator(op, 0, generator.device).get_state())
+    generator.set_state(keys.state(op, 0, generator.device))
     try:
         return call()
     finally:

@@ -416,7 +416,13 @@ def test_one_tensor_more_never_takes_less(
     larger, smaller = (memory(graph, decide(graph, steps), workload) for graph in (more, less))
     for phase, devices in smaller.by_device.items():
         for device, nbytes in devices.items():
-            assert larger.by_device[phase].get(device, 0) >= nbytes
+            assert larger.by_device[phase].get(device, 0) >= nbytes - _forgotten(less, phase, optimizer)
+
+
+def _forgotten(graph: ParamGraph, phase: str, optimizer: str | None) -> int:
+    """Adam's loop still holds the previous parameter's quotient: a small parameter between two large ones lets it go."""
+    adam = phase == "optimizer" and optimizer == "adamw"
+    return max((8 * tensor.numel for tensor in graph.parameters), default=0) if adam else 0
 
 
 @settings(max_examples=200, deadline=None)
