@@ -25,7 +25,7 @@ from groundplan import cli
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = ROOT / "README.md"
-WRITTEN_WITH = {"torch": "2.13.0", "transformers": "5.23.0"}  # other versions print other lines
+WRITTEN_WITH = {"torch": "2.13.0", "transformers": "5.24.0"}  # other versions print other lines
 BLOCK = re.compile(r"<!-- block: (\w+) -->\n```\n(.*?)```\n", re.DOTALL)
 _SHOWN_LINES = 17  # of the graph's text
 
@@ -93,7 +93,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
     code = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(code) == 2
+    assert len(code) == 3
     for each in code:
         exec(each, names)
         torch.manual_seed(0)
@@ -104,8 +104,8 @@ def test_the_readmes_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"^\$ groundplan (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["report", "report", "explain", "materialize"]
-    for line in lines[1:3]:  # the first is the user's own model, the last writes gigabytes
+    assert [line.split()[0] for line in lines] == ["report", "report", "explain", "materialize", "doctor"]
+    for line in (*lines[1:3], lines[4]):  # the first is the user's own model, the fourth writes gigabytes
         with pytest.raises(SystemExit) as ended:
             cli.main(shlex.split(line))
         assert not ended.value.code, capsys.readouterr().err
