@@ -91,7 +91,7 @@ class _CudaPen(Pen):
     def skip(self, count: int) -> None:
         self.at += count
 
-    def chunks(self, count: int) -> Any:
+    def chunks(self, count: int, converted: bool) -> Any:
         """As a `Pen`."""
         return (min(SCRATCH, count - start) for start in range(0, count, SCRATCH))
 

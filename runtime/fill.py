@@ -159,14 +159,14 @@ class Pen:
         """Write the rows of `out`, passing over `gap` elements between two; False, and nothing is done, where it cannot."""
         return False
 
-    def chunks(self, count: int) -> Iterator[int]:
-        """How many elements to write at a time, `count` in all."""
+    def chunks(self, count: int, converted: bool) -> Iterator[int]:
+        """How many elements to write at a time, `count` in all, if they are to be `converted` or not."""
         for start in range(0, count, CHUNK):
             yield min(CHUNK, count - start)
 
     def run(self, out: torch.Tensor) -> None:
         """Write the next elements into `out`, which may be of another dtype: they are converted on the way."""
-        chunks = list(self.chunks(len(out)))
+        chunks = list(self.chunks(len(out), out.dtype != self.dtype))
         scratch = None if out.dtype == self.dtype else torch.empty(max(chunks, default=0), dtype=self.dtype, device="cpu")
         start = 0
         for count in chunks:
@@ -226,8 +226,7 @@ class _CompiledHand(_Hand):
 
     def rows(self, out: torch.Tensor, gap: int, words: int) -> None:
         """Fill the rows of `out`, passing over `gap` words between two: so many words in all."""
-        kind: Kind = "uniform" if self._fill.func is aten.uniform_.default else "normal"
-        self._next = self._compiled.rows(kind, self._block, self._next, out, gap, *_bounds(self._fill))
+        self._next = self._compiled.rows(_KINDS[self._fill.func], self._block, self._next, out, gap, *_bounds(self._fill))
         self.words += words
 
     def skip(self, words: int) -> None:
@@ -251,12 +250,18 @@ def _bounds(fill: Fill) -> tuple[float, float]:
     return low, fill.args[1] if len(fill.args) > 1 else 1.0
 
 
+_KINDS: dict[Any, Kind] = {aten.uniform_.default: "uniform", aten.normal_.default: "normal"}
+
+
+def _compiled(fill: Fill) -> Native | None:
+    """The compiled code, if it does this fill."""
+    found = native() if fill.func in _KINDS else None
+    return found if found is not None and found.fills(fill.dtype, _KINDS[fill.func]) else None
+
+
 def _hand(fill: Fill, place: Place, words: int) -> _Hand:
-    compiled = native()
-    kinds: dict[Any, Kind] = {aten.uniform_.default: "uniform", aten.normal_.default: "normal"}
-    if compiled is not None and fill.func in kinds and compiled.fills(fill.dtype, kinds[fill.func]):
-        return _CompiledHand(fill, place, words, compiled)
-    return _Hand(fill, place, words)
+    compiled = _compiled(fill)
+    return _Hand(fill, place, words) if compiled is None else _CompiledHand(fill, place, words, compiled)
 
 
 class _StreamPen(Pen):
@@ -277,6 +282,10 @@ class _StreamPen(Pen):
 
     def skip(self, count: int) -> None:
         self.at += count
+
+    def chunks(self, count: int, converted: bool) -> Iterator[int]:
+        """As a `Pen`; compiled code writes each element once, so that it has no use for a cache."""
+        return super().chunks(count, converted) if converted or _compiled(self.fill) is None else iter([count])
 
 
 class _EachPen(_StreamPen):

@@ -133,7 +133,7 @@ class _KeyedPen(Pen):
         self.fill = fill
         self._kept: tuple[int, torch.Tensor] | None = None
 
-    def chunks(self, count: int) -> Any:
+    def chunks(self, count: int, converted: bool) -> Any:
         """As a `Pen`: up to the end of each block."""
         at = self.at
         while count:
@@ -143,7 +143,7 @@ class _KeyedPen(Pen):
 
     def write(self, out: torch.Tensor) -> None:
         start = 0
-        for count in list(self.chunks(len(out))):
+        for count in list(self.chunks(len(out), False)):
             self._write(out[start : start + count])
             start += count
 
