@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -65,24 +64,31 @@ def fill_box(fill: Penned, size: tuple[int, ...], box: Box, out: torch.Tensor, p
     """
     if not out.numel():
         return
-    rows = Rows.of(size, box)
-    if rows.is_one_stretch:
-        fill_stretch(fill, rows.first, out.view(-1), place, workers)
+    first = one_stretch(size, box)
+    if first is not None:
+        fill_stretch(fill, first, out.view(-1), place, workers)
         return
-    starts, target = rows.starts, rows.shaped(out)
+    stretches = Stretches(size, box, out)
+    rows = stretches if stretches.gap >= _GAP else CutOut(size, box, out, fill.dtype, CHUNK)
 
     def write(piece: range) -> None:
-        pen = fill.pen(place, starts[piece.start])
-        part = starts[piece.start : piece.stop], target[piece.start : piece.stop]
-        if rows.write_together(*part, pen):
-            return
-        if rows.gap >= _GAP:
-            rows.write_stretches(*part, pen)
-        else:
-            rows.cut_out(*part, pen.write_at, fill.dtype)
+        rows.write(piece, fill.pen(place))
 
-    share = len(starts) if len(starts) * rows.length < _PARALLEL else -(-len(starts) // workers.count)
-    workers.each(write, [range(start, min(start + share, len(starts))) for start in range(0, len(starts), share)])
+    def write_together(piece: range) -> None:
+        if not stretches.write_together(piece, fill.pen(place)):
+            left.append(piece)
+
+    left: list[range] = []
+    if stretches.evenly:
+        workers.each(write_together, _shares(stretches.number, stretches.number * stretches.length, workers))
+    if left or not stretches.evenly:
+        workers.each(write, _shares(rows.number, stretches.number * stretches.length, workers))
+
+
+def _shares(number: int, elements: int, workers: Workers) -> list[range]:
+    """The numbers of some rows, which go through so many elements, divided between the workers."""
+    share = number if elements < _PARALLEL else -(-number // workers.count)
+    return [range(start, min(start + share, number)) for start in range(0, number, share)]
 
 
 def cut_rows(
@@ -92,106 +98,135 @@ def cut_rows(
 
     It is asked for about `chunk` elements at a time.
     """
-    rows = Rows.of(size, box)
-    if rows.is_one_stretch:
-        draw(rows.first, out.view(-1))
+    first = one_stretch(size, box)
+    if first is not None:
+        draw(first, out.view(-1))
     else:
-        rows.cut_out(rows.starts, rows.shaped(out), draw, dtype, chunk)
+        rows = CutOut(size, box, out, dtype, chunk or CHUNK)
+        rows.draw(range(rows.number), draw)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A box as rows of `count` times `inner` elements that start with the elements `starts`, of which `part` of the `count`."""
+def one_stretch(size: tuple[int, ...], box: Box) -> int | None:
+    """The first element of a box whose elements lie side by side; None for any other."""
+    cut = _cut(size, box)
+    if any(len(part) > 1 for part in box[:cut]) or (box and len(box[cut]) > 1 and box[cut].step > 1):
+        return None
+    return sum(part.start * math.prod(size[dim + 1 :]) for dim, part in enumerate(box))
 
-    starts: list[int]
-    part: range
-    count: int
-    inner: int
 
-    @classmethod
-    def of(cls, size: tuple[int, ...], box: Box) -> Rows:
-        """The rows of a tensor of shape `size` that `box` is cut out of: they go through the last dim that it does not fill."""
-        cut = max((dim for dim, part in enumerate(box) if part != range(size[dim])), default=0)
-        if not size:
-            return cls([0], range(1), 1, 1)
-        inner = math.prod(size[cut + 1 :])
-        strides = [math.prod(size[dim + 1 :]) for dim in range(cut)]
-        starts = [sum(map(int.__mul__, index, strides)) for index in itertools.product(*box[:cut])]
-        return cls(starts, box[cut], size[cut], inner)
+def _cut(size: tuple[int, ...], box: Box) -> int:
+    """The last dim that a box does not fill."""
+    return max((dim for dim, part in enumerate(box) if part != range(size[dim])), default=0)
 
-    @property
-    def length(self) -> int:
-        """The elements of a row."""
-        return self.count * self.inner
 
-    @property
-    def first(self) -> int:
-        """The first element of the box."""
-        return self.starts[0] + self.part.start * self.inner
+def _starts(size: tuple[int, ...], box: Box, dim: int, piece: range) -> Iterator[int]:
+    """The first elements of the rows number `piece` that a box selects, where a row goes through the dims from `dim` on."""
+    strides = [math.prod(size[each + 1 :]) for each in range(dim)]
+    indices = itertools.islice(itertools.product(*box[:dim]), piece.start, piece.stop)
+    return (sum(map(int.__mul__, index, strides)) for index in indices)
 
-    @property
-    def is_one_stretch(self) -> bool:
-        """Whether the box's elements lie side by side."""
-        return len(self.starts) == 1 and (self.part.step == 1 or len(self.part) == 1)
+
+class Stretches:
+    """A box as stretches of elements that lie side by side, with long gaps between them that are passed over."""
+
+    def __init__(self, size: tuple[int, ...], box: Box, out: torch.Tensor) -> None:
+        self._size, self._box, self._cut = size, box, _cut(size, box)
+        self._part, self._inner = box[self._cut], math.prod(size[self._cut + 1 :])
+        self.number = math.prod(len(part) for part in box[: self._cut])
+        self.length = size[self._cut] * self._inner
+        self._target = out.view(self.number, len(self._part), self._inner)
 
     @property
     def gap(self) -> int:
         """The elements between two stretches."""
-        return self.length - len(self.part) * self.inner if self.part.step == 1 else (self.part.step - 1) * self.inner
+        if self._part.step > 1:
+            return (self._part.step - 1) * self._inner
+        return self.length - len(self._part) * self._inner
 
-    def shaped(self, out: torch.Tensor) -> torch.Tensor:
-        """The box's tensor as rows of what is cut out of each."""
-        return out.view(len(self.starts), len(self.part), self.inner)
+    @property
+    def evenly(self) -> bool:
+        """Whether the gaps are all the same."""
+        before = self._box[1 : self._cut] == whole_box(self._size[1 : self._cut])
+        return self._part.step == 1 and before and (self._cut == 0 or self._box[0].step == 1)
 
-    def write_together(self, starts: list[int], target: torch.Tensor, pen: Pen) -> bool:
-        """All stretches by one call of the pen's; False where they are not evenly spaced, or the pen cannot."""
-        evenly = starts[-1] - starts[0] == (len(starts) - 1) * self.length
-        if self.part.step != 1 or not evenly or target.dtype != pen.dtype:
+    def write_together(self, piece: range, pen: Pen) -> bool:
+        """The stretches number `piece` by one call of the pen's; False, and nothing is done, where it cannot."""
+        target = self._target[piece.start : piece.stop].view(len(piece), -1)
+        if target.dtype != pen.dtype:
             return False
-        pen.skip(starts[0] + self.part.start * self.inner - pen.at)
-        return pen.write_rows(target.view(len(starts), -1), self.gap)
+        first = next(_starts(self._size, self._box, self._cut, range(1))) + piece.start * self.length
+        pen.skip(first + self._part.start * self._inner - pen.at)
+        return pen.write_rows(target, self.gap)
 
-    def write_stretches(self, starts: list[int], target: torch.Tensor, pen: Pen) -> None:
-        """One stretch after the other, passing over what is between them."""
-        if self.part.step == 1:
-            firsts = [start + self.part.start * self.inner for start in starts]
-            stretches = target.view(len(starts), -1).unbind()
+    def write(self, piece: range, pen: Pen) -> None:
+        """The stretches of the rows number `piece`, one after the other."""
+        starts = _starts(self._size, self._box, self._cut, piece)
+        together = self._part.step == 1
+        for start, row in zip(starts, self._target[piece.start : piece.stop], strict=True):
+            for index, stretch in [(self._part.start, row.view(-1))] if together else zip(self._part, row, strict=True):
+                pen.skip(start + index * self._inner - pen.at)
+                pen.run(stretch)
+
+
+class CutOut:
+    """A box that is cut out of rows drawn into scratch memory, of `chunk` elements at most."""
+
+    def __init__(self, size: tuple[int, ...], box: Box, out: torch.Tensor, dtype: torch.dtype, chunk: int) -> None:
+        self._size, self._box, self._out, self._dtype, self._chunk = size, box, out, dtype, chunk
+        fitting = (dim for dim in range(len(size)) if math.prod(size[dim:]) <= chunk)
+        self._dim = min(next(fitting, len(size)), _cut(size, box))  # the first dim of a row
+        self._length = math.prod(size[self._dim :])
+        self.number = math.prod(len(part) for part in box[: self._dim])
+
+    def write(self, piece: range, pen: Pen) -> None:
+        """The rows number `piece`."""
+        self.draw(piece, pen.write_at)
+
+    def draw(self, piece: range, draw: Draws) -> None:
+        """The rows number `piece`, their elements by `draw`."""
+        target = self._out.view(self.number, *self._out.shape[self._dim :])[piece.start : piece.stop]
+        starts = _starts(self._size, self._box, self._dim, piece)
+        if self._length > self._chunk:
+            for start, row in zip(starts, target, strict=True):
+                self._long_row(start, row, draw)
         else:
-            firsts = [start + index * self.inner for start in starts for index in self.part]
-            stretches = target.view(-1, self.inner).unbind()
-        for first, stretch in zip(firsts, stretches, strict=True):
-            pen.skip(first - pen.at)
-            pen.run(stretch)
+            self._short_rows(starts, target, draw)
 
-    def cut_out(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype, chunk: int | None = None) -> None:
-        """All elements around the wanted ones, as many rows at a time as fit into the cache, or a part of a long row."""
-        chunk = chunk or CHUNK
-        if self.length <= chunk:
-            self._cut_out_of_rows(starts, target, draw, dtype, chunk)
-            return
-        step = self.part.step
-        at_once = max(1, chunk // (self.inner * step))
-        scratch = torch.empty(at_once * step * self.inner, dtype=dtype, device=target.device)
-        for start, row in zip(starts, target, strict=True):
-            for number in range(0, len(self.part), at_once):
-                indices = self.part[number : number + at_once]
-                drawn = scratch[: (indices[-1] - indices.start + 1) * self.inner]
-                draw(start + indices.start * self.inner, drawn)
-                row[number : number + at_once] = drawn.view(-1, self.inner)[::step]
+    def _long_row(self, start: int, row: torch.Tensor, draw: Draws) -> None:
+        """Some indices of the row's first dim at a time."""
+        part, inner = self._box[self._dim], self._length // self._size[self._dim]
+        at_once = max(1, self._chunk // (inner * part.step))
+        scratch = torch.empty(at_once * part.step * inner, dtype=self._dtype, device=row.device)
+        for number in range(0, len(part), at_once):
+            indices = part[number : number + at_once]
+            count = indices[-1] - indices.start + 1
+            drawn = scratch[: count * inner]
+            draw(start + indices.start * inner, drawn)
+            shaped = drawn.view(count, *self._size[self._dim + 1 :])
+            row[number : number + at_once] = shaped[(slice(None, None, part.step), *_slices(self._box[self._dim + 1 :]))]
 
-    def _cut_out_of_rows(self, starts: list[int], target: torch.Tensor, draw: Draws, dtype: torch.dtype, chunk: int) -> None:
-        at_once = max(1, chunk // self.length)
-        scratch = torch.empty(at_once, self.count, self.inner, dtype=dtype, device=target.device)
+    def _short_rows(self, starts: Iterator[int], target: torch.Tensor, draw: Draws) -> None:
+        """As many rows at a time as lie one behind the other and fit."""
+        at_once = max(1, self._chunk // self._length)
+        scratch = torch.empty(at_once, *self._size[self._dim :], dtype=self._dtype, device=target.device)
         number = 0
-        while number < len(starts):
-            count = self._consecutive(starts, number, at_once)
-            draw(starts[number], scratch[:count].view(-1))
-            target[number : number + count] = scratch[:count, self.part.start : self.part.stop : self.part.step]
+        for first, count in _consecutive(starts, self._length, at_once):
+            draw(first, scratch[:count].view(-1))
+            target[number : number + count] = scratch[(slice(count), *_slices(self._box[self._dim :]))]
             number += count
 
-    def _consecutive(self, starts: list[int], number: int, most: int) -> int:
-        """How many rows from `number` on lie one behind the other, `most` at the most."""
-        count = 1
-        while count < most and number + count < len(starts) and starts[number + count] == starts[number] + count * self.length:
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(part.start, part.stop, part.step) for part in box)
+
+
+def _consecutive(starts: Iterator[int], length: int, most: int) -> Iterator[tuple[int, int]]:
+    """The rows that lie one behind the other, together: the first one's start, and how many."""
+    first, count = next(starts), 1
+    for start in starts:
+        if start == first + count * length and count < most:
             count += 1
-        return count
+        else:
+            yield first, count
+            first, count = start, 1
+    yield first, count
