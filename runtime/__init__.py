@@ -1,11 +1,13 @@
 """The third stage: done. Builds what the plan says, with the values that the eager constructor gives, and decides nothing.
 
 * `materialize`: the verb, a second and real run of the constructor, guided by the tape;
-* `guided`: the dispatch mode of that run: dead fills are left out, the others may wait;
-* `waiting`: storages that stay empty until something reads them;
+* `guided`: the dispatch mode of that run: dead fills are left out, the others may wait (`waiting`);
 * `steps`: the plan's casts and moves, done by calling `module.to`;
-* `state`: some tensors only, from their recipes;
-* `check`: what must hold at the end.
+* `state`: some tensors only, or parts of them, from their recipes (`parts`, `windows`, `indexing`);
+* `sources`: where the numbers come from: the eager stream (`filler`), or blocks with keys (`keyed`);
+* `fill`, `pens`, `boxes`, `truncated`, `cuda`: which calls can be taken apart, and how a stretch or a box of one is drawn;
+* `workers`, `pages`: threads, and huge pages for new memory;
+* `check`: what must hold before and at the end.
 """
 
 from .materialize import Build, materialize

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ..tracer.places import Place
-from .fill import CHUNK, Pen
+from .pens import CHUNK, Pen
 from .workers import Workers
 
 Box = tuple[range, ...]

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..tracer.graph import Op
 from ..tracer.philox import Grid, increment, pieces, placed
-from .fill import Pen, as_fill
+from .fill import as_fill
+from .pens import Pen
 
 SCRATCH = 1 << 22
 """Elements of scratch memory for one piece."""

@@ -26,10 +26,11 @@ from ..tracer.places import Place, state_from
 from ..tracer.replay import Spot
 from ..tracer.streams import default_generator
 from .boxes import fill_box, fill_stretch
-from .fill import Fill, Pen, as_fill, created
+from .fill import Fill, as_fill, created
 from .filler import alias_of
 from .pages import prefer_huge_pages
 from .parts import PartialReplay
+from .pens import Pen
 from .sources import Generator, Pending
 from .truncated import Truncated
 from .windows import by_element, memory_order

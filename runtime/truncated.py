@@ -17,7 +17,8 @@ from ..tracer.graph import Op
 from ..tracer.places import Place
 from ..tracer.schema import aten
 from .boxes import pieces
-from .fill import CHUNK, Fill, Pen
+from .fill import Fill
+from .pens import CHUNK, Pen
 from .workers import Workers
 
 _FEW = 4  # elements of a chunk: so few are drawn one by one, in their blocks

@@ -4,7 +4,8 @@
 * `graph`: the noun, frozen records of modules, tensors, storages and ops; `check` is its checker;
 * `tape`, `traced`, `schema`, `sites`, `streams`, `patches`: how a running constructor is written down;
 * `opaque`, `imagined`: tensors without plain memory, and CUDA where there is none;
-* `liveness`, `coverage`, `replay`, `draws`: what the tape says about values, and how to get some of them;
+* `liveness`, `coverage`, `replay`: what the tape says about values, and how to get some of them;
+* `draws`, `places`, `jump`, `native`, `philox`: what each op takes from a random stream, and how to get anywhere in it;
 * `describe`, `digraph`, `fingerprint`: the graph in other forms.
 """
 
