@@ -22,6 +22,7 @@ import torch
 from ..tracer.arguments import without_generator
 from ..tracer.draws import is_trunc_normal
 from ..tracer.graph import Op, ParamGraph
+from ..tracer.liveness import slice_indices
 from ..tracer.places import Place, state_from
 from ..tracer.replay import Spot
 from ..tracer.streams import default_generator
@@ -50,11 +51,13 @@ class Keys:
     @classmethod
     def of(cls, seed: int, graph: ParamGraph) -> Keys:
         """The keys of a graph: an op that several tensors depend on belongs to the first of them."""
+        sizes = {storage.index: storage.nbytes for storage in graph.storages}
+        writers = {storage: [op.index for op in ops] for storage, ops in graph.writers.items()}
         found: dict[int, tuple[str, int]] = {}
         for tensor in graph.tensors:
-            drawing = [op for op in graph.recipe(tensor.name) if op.random]
-            for number, op in enumerate(drawing):
-                found.setdefault(op.index, (tensor.name, number))
+            recipe = slice_indices(graph.ops, sizes, writers, [tensor.view.storage])
+            for number, index in enumerate(index for index in recipe if graph.ops[index].random):
+                found.setdefault(index, (tensor.name, number))
         return cls(seed, found)
 
     def state(self, op: Op, block: int, device: torch.device) -> torch.Tensor:

@@ -85,9 +85,9 @@ def _replayed(graph: ParamGraph, parts: Mapping[str, Part], replay: PartialRepla
                 f"{name} is a {node.type} tensor, which has no recipe of its own; take it from plan.materialize()"
             )
     whole = {name: node for name, node in nodes.items() if parts[name].is_whole}
-    found = _whole(graph, whole, replay)
+    found = _whole(graph, whole, replay) if whole else {}
     cut = {name: part for name, part in parts.items() if not part.is_whole}
-    pieces = replay.run_parts([(nodes[name].view, part.box) for name, part in cut.items()])
+    pieces = replay.run_parts([(nodes[name].view, part.box) for name, part in cut.items()]) if cut else []
     found |= {name: part.without_dims(piece) for (name, part), piece in zip(cut.items(), pieces, strict=True)}
     return {name: found[name].requires_grad_(node.requires_grad) for name, node in nodes.items()}
 
