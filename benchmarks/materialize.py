@@ -21,6 +21,7 @@ from common import (
     Result,
     alternating,
     digest,
+    fetch_memory,
     measured,
     megabytes,
     members,
@@ -46,6 +47,7 @@ BUILT = (
 def measure(side: str, model: str) -> Result:
     """Build one model, once."""
     build = warm_up(model)
+    fetch_memory(build)
     built, result = (planned if side == "groundplan" else eager)(build)
     return result | {"final": tensor_bytes(list(members(built).values())), "digest": digest(built)}
 
