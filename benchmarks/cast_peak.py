@@ -19,7 +19,21 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from common import Build, Result, alternating, digest, measured, megabytes, members, middle, ratio, script, tensor_bytes, warm_up
+from common import (
+    Build,
+    Result,
+    alternating,
+    digest,
+    fetch_memory,
+    measured,
+    megabytes,
+    members,
+    middle,
+    ratio,
+    script,
+    tensor_bytes,
+    warm_up,
+)
 from torch import nn
 
 BUILT = (
@@ -40,7 +54,9 @@ MISSING = "not installed"
 
 def measure(side: str, model: str) -> Result:
     """Build one model in bfloat16, once."""
-    built, result = SIDES[side](warm_up(model))
+    build = warm_up(model)
+    fetch_memory(build)
+    built, result = SIDES[side](build)
     return result | {"final": tensor_bytes(list(members(built).values())), "digest": digest(built)}
 
 

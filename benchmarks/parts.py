@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, Result, measured, megabytes, print_table, ratio, run_child, tensor_bytes, warm_up
+from common import MODELS, Result, fetch_memory, measured, megabytes, print_table, ratio, run_child, tensor_bytes, warm_up
 
 Index = tuple[slice, ...]
 SHARDS = {"Shard(0), N = 2": (0, 2), "Shard(0), N = 8": (0, 8), "Shard(0), N = 64": (0, 64), "Shard(1), N = 8": (1, 8)}
@@ -42,7 +42,9 @@ def shard(model: str, part: str, threads: int) -> Result:
     import groundplan as gp
 
     torch.set_num_threads(threads)
-    plan = gp.trace(warm_up(model))
+    build = warm_up(model)
+    fetch_memory(build)
+    plan = gp.trace(build)
     shapes = {tensor.name: tensor.shape for tensor in plan.graph if tensor.kind == "parameter" or is_saved(tensor)}
     wanted = dict.fromkeys(shapes, ...) if part == "whole" else indices(shapes, *SHARDS[part])
     result: Result = {}
