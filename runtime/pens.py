@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..tracer.draws import BLOCK, HALF
-from ..tracer.native import Kind, Native, native
+from ..tracer.native import Kind, Native, Places, native
 from ..tracer.places import Draw, Place, skip
 from ..tracer.schema import aten
 
@@ -105,7 +105,7 @@ class _Hand:
         self._place.moved(self.words).reached(self._generator)
 
 
-class _CompiledHand(_Hand):
+class CompiledHand(_Hand):
     """The same by compiled code, which torch's generator takes no part in."""
 
     def __init__(self, fill: Fill, place: Place, words: int, compiled: Native) -> None:
@@ -122,6 +122,13 @@ class _CompiledHand(_Hand):
         """Fill the rows of `out`, passing over `gap` words between two: so many words in all."""
         self._next = self._compiled.rows(_KINDS[self._fill.func], self._block, self._next, out, gap, *_bounds(self._fill))
         self.words += words
+
+    def redraw(self, out: torch.Tensor, wrong: Places, bounds: tuple[float, float]) -> Places:
+        """Draw `out` again at the places `wrong`; the places that are out of bounds again."""
+        call = (out, wrong, _bounds(self._fill), bounds)
+        self._next, left = self._compiled.redraw(self._block, self._next, *call)
+        self.words += len(out)
+        return left
 
     def skip(self, words: int) -> None:
         if words < _COMPILED_JUMPED:
@@ -147,15 +154,15 @@ def _bounds(fill: Fill) -> tuple[float, float]:
 _KINDS: dict[Any, Kind] = {aten.uniform_.default: "uniform", aten.normal_.default: "normal"}
 
 
-def _compiled(fill: Fill) -> Native | None:
+def compiled_for(fill: Fill) -> Native | None:
     """The compiled code, if it does this fill."""
     found = native() if fill.func in _KINDS else None
     return found if found is not None and found.fills(fill.dtype, _KINDS[fill.func]) else None
 
 
 def _hand(fill: Fill, place: Place, words: int) -> _Hand:
-    compiled = _compiled(fill)
-    return _Hand(fill, place, words) if compiled is None else _CompiledHand(fill, place, words, compiled)
+    compiled = compiled_for(fill)
+    return _Hand(fill, place, words) if compiled is None else CompiledHand(fill, place, words, compiled)
 
 
 @cache
@@ -194,7 +201,7 @@ class _StreamPen(Pen):
 
     def chunks(self, count: int, converted: bool) -> Iterator[int]:
         """As a `Pen`; compiled code writes each element once, so that it has no use for a cache."""
-        return super().chunks(count, converted) if converted or _compiled(self.fill) is None else iter([count])
+        return super().chunks(count, converted) if converted or compiled_for(self.fill) is None else iter([count])
 
 
 class _EachPen(_StreamPen):
@@ -213,7 +220,7 @@ class _EachPen(_StreamPen):
 
     def write_rows(self, out: torch.Tensor, gap: int) -> bool:
         hand = self._at(self.at * self._words)
-        if not isinstance(hand, _CompiledHand):
+        if not isinstance(hand, CompiledHand):
             return False
         elements = out.numel() + (len(out) - 1) * gap
         hand.rows(out, gap, elements)
@@ -264,7 +271,7 @@ class _BlockPen(_StreamPen):
         if not (aligned and inside):
             return False
         hand = self._at(self.at)
-        if not isinstance(hand, _CompiledHand):
+        if not isinstance(hand, CompiledHand):
             return False
         hand.rows(out, gap, elements)
         self.at += elements

@@ -9,16 +9,19 @@ values tell, which is remembered for each state of the stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..tracer.draws import is_redrawn, is_trunc_normal
 from ..tracer.graph import Op
+from ..tracer.native import Native, native
 from ..tracer.places import Place
 from ..tracer.schema import aten
 from .boxes import pieces
 from .fill import Fill
-from .pens import CHUNK, Pen
+from .pens import CHUNK, CompiledHand, Pen
 from .workers import Workers
 
 _FEW = 4  # elements of a chunk: so few are drawn one by one, in their blocks
@@ -102,15 +105,19 @@ class Settler:
     def __init__(self, call: Truncated, place: Place) -> None:
         self._low, self._high = call.low, call.high
         self._pens = _Pens(call, place)
-        self._scratch = torch.empty(CHUNK, dtype=call.fill.dtype, device="cpu")
+        self._compiled = _CompiledRounds(call, place) if call.fill.numel % _BLOCK == 0 and _is_compiled(call.fill.dtype) else None
+        self._scratch: torch.Tensor | None = None
 
     @property
     def rounds(self) -> int:
         """The rounds that the elements so far have taken."""
-        return len(self._pens)
+        return max(len(self._pens), len(self._compiled) if self._compiled else 0)
 
     def settle(self, first: int, out: torch.Tensor) -> None:
         """Write the elements from number `first` on into the row `out`."""
+        if self._compiled is not None and first % _BLOCK == len(out) % _BLOCK == 0:
+            self._compiled.settle(first, out)
+            return
         for start in range(0, len(out), CHUNK):
             self._settle(first + start, out[start : start + CHUNK])
 
@@ -119,6 +126,8 @@ class Settler:
         wrong = self._out_of_bounds(chunk).nonzero().view(-1)
         number = 1
         while len(wrong):
+            if self._scratch is None:
+                self._scratch = torch.empty(CHUNK, dtype=chunk.dtype, device="cpu")
             found = self._pens.some(number, first, wrong, self._scratch[: len(chunk)])
             chunk[wrong] = found
             wrong = wrong[self._out_of_bounds(found)]
@@ -126,6 +135,69 @@ class Settler:
 
     def _out_of_bounds(self, values: torch.Tensor) -> torch.Tensor:
         return torch.logical_or(values < self._low, values > self._high)
+
+
+class _CompiledRounds:
+    """The same by compiled code, for whole blocks of 16: a hand for each round, made when it is first needed."""
+
+    def __init__(self, call: Truncated, place: Place) -> None:
+        self._call, self._place = call, place
+        self._hands: list[CompiledHand] = []
+
+    def __len__(self) -> int:
+        return len(self._hands)
+
+    def settle(self, first: int, out: torch.Tensor) -> None:
+        """Write the elements from number `first` on into the row `out`."""
+        for start in range(0, len(out), _COMPILED_CHUNK):
+            self._settle(first + start, out[start : start + _COMPILED_CHUNK])
+
+    def _settle(self, first: int, chunk: torch.Tensor) -> None:
+        self._hand(0, first).draw(chunk, len(chunk))
+        bounds, number = (self._call.low, self._call.high), 1
+        wrong = _native().outside(chunk, *bounds)
+        while len(wrong):
+            wrong = self._hand(number, first).redraw(chunk, wrong, bounds)
+            number += 1
+
+    def _hand(self, number: int, first: int) -> CompiledHand:
+        """The hand of a round, at element `first`: an element takes one word."""
+        if number == len(self._hands):
+            start = self._call.after(self._place, number)
+            self._hands.append(CompiledHand(self._call.fill, start, first, _native()))
+        hand = self._hands[number]
+        hand.skip(first - hand.words)
+        return hand
+
+
+_COMPILED_CHUNK = 1 << 17
+
+
+def _native() -> Native:
+    compiled = native()
+    assert compiled is not None
+    return compiled
+
+
+@cache
+def _is_compiled(dtype: torch.dtype) -> bool:
+    """Whether compiled code settles elements of a dtype as torch does, tried on some thousand of them."""
+    compiled = native()
+    if compiled is None or not compiled.fills(dtype, "normal"):
+        return False
+    with _disable_current_modes(), torch.no_grad():
+        generator = torch.Generator().manual_seed(7)
+        place, args = Place.at(generator.get_state()), (0.1, 1.0, -0.9, 1.3)
+        whole, parts = torch.empty(1 << 12, dtype=dtype, device="cpu"), torch.empty(1 << 12, dtype=dtype, device="cpu")
+        torch.nn.init._no_grad_trunc_normal_(whole, *args, generator=generator)
+        call = Truncated.of(args, dtype, len(parts), True)
+        if call is None:
+            return False
+        rounds = _CompiledRounds(call, place)
+        for first in range(0, len(parts), 1 << 10):
+            rounds.settle(first, parts[first : first + (1 << 10)])
+        arrived = torch.equal(call.after(place, len(rounds)).state(), generator.get_state())
+        return arrived and torch.equal(whole.view(torch.int16), parts.view(torch.int16))
 
 
 class _Pens:

@@ -160,7 +160,7 @@ def compiled(folder: Path, *changes: tuple[str, str], flags: tuple[str, ...] = (
     ],
 )
 def test_other_words_are_noticed(tmp_path: Path, old: str, new: str, reason: str) -> None:
-    version = ("return 1; }", "return 99; }") if old == new else (old, new)
+    version = ("return 2; }", "return 99; }") if old == new else (old, new)
     other, why = compiled(tmp_path, version, flags=("-O0", "-DPORTABLE"))
     assert other is None
     assert reason in str(why)
@@ -517,3 +517,36 @@ def test_polynomials_may_lie_anywhere(found: Native) -> None:
     for each in (odd, strided):
         each[:] = polynomial
         assert np.array_equal(found.square(each), found.square(polynomial))
+
+
+# -- rounds of trunc_normal_ --------------------------------------------------------------------------------------------
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [1, 16, 1000])
+def test_what_is_out_of_bounds(dtype: torch.dtype, numel: int) -> None:
+    assert FOUND is not None
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype)
+    values[0] = 0.5
+    wrong = FOUND.outside(values, -1.25, 0.5)
+    assert wrong.tolist() == ((values < -1.25) | (values > 0.5)).nonzero().view(-1).tolist()
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [0.6, 1.2, 2.0, 4.0])
+def test_rounds_are_those_of_trunc_normal(dtype: torch.dtype, width: float) -> None:
+    assert FOUND is not None
+    numel, generator = 4096, torch.Generator().manual_seed(3)
+    block, next = module.state_of(generator)
+    expected = torch.empty(numel, dtype=dtype)
+    torch.nn.init.trunc_normal_(expected, std=1.0, a=-width, b=width, generator=generator)
+    out = torch.empty(numel, dtype=dtype)
+    bounds = torch.tensor([-width, width], dtype=dtype).tolist()
+    next = FOUND.normal(block, next, out, 0.0, 1.0)
+    wrong = FOUND.outside(out, *bounds)
+    while len(wrong):
+        next, wrong = FOUND.redraw(block, next, out, wrong, (0.0, 1.0), (bounds[0], bounds[1]))
+    assert torch.equal(out, expected)
+    assert torch.equal(module.generator_at(block, next).get_state()[8:], generator.get_state()[8:])

@@ -43,6 +43,7 @@ def shrink(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(boxes, "_PARALLEL", 128)
     patched.setattr(boxes, "_GAP", 3)
     patched.setattr(filler, "LARGE", 64)
+    patched.setattr(truncated, "_COMPILED_CHUNK", 48)
     patched.setattr(places, "_JUMP_FROM", 5_000)
     patched.setattr(places, "_FIRST_JUMP_FROM", 20_000)
 
@@ -66,6 +67,7 @@ INITS: dict[str, Any] = {
     "random_": lambda t: t.random_(0, 100),
     "trunc_normal_, static": lambda t: nn.init.trunc_normal_(t, std=0.02),
     "trunc_normal_, tight": lambda t: nn.init.trunc_normal_(t, std=1.0, a=-1.5, b=1.0),
+    "trunc_normal_, tighter": lambda t: nn.init.trunc_normal_(t, mean=0.1, std=0.5, a=-0.3, b=0.4),
     "trunc_normal_, tail": lambda t: nn.init.trunc_normal_(t, mean=0.0, std=1.0, a=1.0, b=1.5),
     "kaiming, masked": lambda t: nn.init.kaiming_uniform_(t, a=1)[1:3].zero_(),
     "scaled": lambda t: t.normal_().mul_(0.3).add_(1.0).clamp_(0.5, 2.0),

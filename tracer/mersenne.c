@@ -75,7 +75,7 @@ __attribute__((constructor)) static void look(void) {
 #endif
 
 /* Counted up when a function here changes its arguments: `native.py` does not call what an older source was built to. */
-EXPORT int gp_version(void) { return 1; }
+EXPORT int gp_version(void) { return 2; }
 
 /* -- the generator ---------------------------------------------------------------------------------------------------------- */
 
@@ -639,6 +639,61 @@ static void fill_run(source_t *source, const fill_t *fill, char *out, int64_t co
         fill_chunk(source, fill, out + bytes_of(fill, done), count - done < CHUNK ? count - done : CHUNK);
 }
 
+/* An element as the float that comparisons of its dtype see. */
+AVX2 INLINE float value_at(int dtype, const void *out, int64_t place) {
+    if (dtype == F32) return ((const float *)out)[place];
+    uint32_t bits = ((const uint16_t *)out)[place];
+    if (dtype == F16) return _cvtsh_ss((uint16_t)bits);
+    float value;
+    bits <<= 16;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+AVX2 INLINE int is_outside(float value, float low, float high) { return (value < low) | (value > high); }
+
+/* Without a branch: which elements are outside is hard to foresee. */
+AVX2 INLINE int64_t find_outside_of(int dtype, const void *out, int64_t count, float low, float high, int32_t *wrong) {
+    int64_t found = 0;
+    for (int64_t j = 0; j < count; j++) {
+        wrong[found] = (int32_t)j;
+        found += is_outside(value_at(dtype, out, j), low, high);
+    }
+    return found;
+}
+
+/* Draw the groups that hold elements in `wrong`, and pass over the others; keep those of `wrong` that are outside again. */
+AVX2 INLINE int64_t redraw_of(int dtype, source_t *source, const fill_t *fill, char *out, int64_t count, int32_t *wrong,
+                              int64_t number, float low, float high) {
+    char group[GROUP * sizeof(float)];
+    int64_t at = 0, left = 0; /* `at`: the element that the source stands at */
+    for (int64_t j = 0; j < number;) {
+        const int64_t start = wrong[j] / GROUP * GROUP;
+        gp_skip(source->words, &source->next, start - at);
+        fill_chunk(source, fill, group, GROUP);
+        at = start + GROUP;
+        for (; j < number && wrong[j] < at; j++) {
+            const int32_t place = wrong[j];
+            memcpy(out + bytes_of(fill, place), group + bytes_of(fill, place - start), (size_t)bytes_of(fill, 1));
+            wrong[left] = place;
+            left += is_outside(value_at(dtype, group, place - start), low, high);
+        }
+    }
+    gp_skip(source->words, &source->next, count - at);
+    return left;
+}
+
+AVX2 static int64_t find_outside(int dtype, const void *out, int64_t count, float low, float high, int32_t *wrong) {
+    if (dtype == F32) return find_outside_of(F32, out, count, low, high, wrong);
+    return find_outside_of(dtype == BF16 ? BF16 : F16, out, count, low, high, wrong);
+}
+
+AVX2 static int64_t redraw(source_t *source, const fill_t *fill, char *out, int64_t count, int32_t *wrong, int64_t number, float low,
+                           float high) {
+    if (fill->dtype == F32) return redraw_of(F32, source, fill, out, count, wrong, number, low, high);
+    return redraw_of(fill->dtype == BF16 ? BF16 : F16, source, fill, out, count, wrong, number, low, high);
+}
+
 #endif /* X86 */
 
 /* Whether this machine can make fills; where it cannot, `gp_rows` does nothing. */
@@ -669,5 +724,37 @@ EXPORT void gp_rows(int kind, int dtype, uint32_t *block, int64_t *next, void *o
 #else
     (void)kind, (void)dtype, (void)block, (void)next, (void)out, (void)rows, (void)length, (void)gap, (void)stride, (void)a;
     (void)b;
+#endif
+}
+
+/* The places of the `count` values in `out` that are below `low` or above `high`, in `wrong`, which has room for one more than
+   there are; returns their number. */
+EXPORT int64_t gp_outside(int dtype, const void *out, int64_t count, float low, float high, int32_t *wrong) {
+#if X86
+    return has_avx2 ? find_outside(dtype, out, count, low, high, wrong) : 0;
+#else
+    (void)dtype, (void)out, (void)count, (void)low, (void)high, (void)wrong;
+    return 0;
+#endif
+}
+
+/* One more round of a trunc_normal_: of `count` values (a multiple of 16) that normal_ would draw next, those at the places
+   `wrong` (ascending) replace the ones in `out`. Keeps in `wrong` the places whose new values are out of bounds as well, and
+   returns their number. The words of all `count` values are consumed. */
+EXPORT int64_t gp_redraw(int dtype, uint32_t *block, int64_t *next, void *out, int64_t count, int32_t *wrong, int64_t number,
+                         float mean, float std, float low, float high) {
+#if X86
+    const fill_t fill = {NORMAL, dtype, mean, std};
+    source_t source;
+    int64_t left;
+    if (!has_avx2) return 0;
+    open_source(&source, block, *next);
+    left = redraw(&source, &fill, out, count, wrong, number, low, high);
+    close_source(&source, block, next);
+    return left;
+#else
+    (void)dtype, (void)block, (void)next, (void)out, (void)count, (void)wrong, (void)number, (void)mean, (void)std, (void)low;
+    (void)high;
+    return 0;
 #endif
 }

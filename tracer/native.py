@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 Kind = Literal["uniform", "normal"]
 Words = NDArray[np.uint32]
 Polynomial = NDArray[np.uint8]
+Places = NDArray[np.int32]
 
 WORDS = 624  # of a block
 DEGREE = 19_937  # of the characteristic polynomial
 PACKED = 2_496  # bytes of a polynomial modulo it: 312 words of 64 bits
 GROUP = 16  # elements that `normal_` makes at once
 
-_VERSION = 1
+_VERSION = 2
 _KINDS: dict[Kind, int] = {"uniform": 0, "normal": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -48,6 +49,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "gp_square": (None, [_POINTER] * 3 + [_INT]),
     "gp_fills": (_INT, []),
     "gp_rows": (None, [_INT, _INT, _POINTER, _POINTER, _POINTER] + [_LONG] * 4 + [_FLOAT] * 2),
+    "gp_outside": (_LONG, [_INT, _POINTER, _LONG, _FLOAT, _FLOAT, _POINTER]),
+    "gp_redraw": (_LONG, [_INT, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG] + [_FLOAT] * 4),
 }
 
 
@@ -118,6 +121,23 @@ class Native:
         if out.dim() != 2 or (out.stride(1) != 1 and out.shape[1] > 1) or gap < 0:
             raise ValueError(f"two dimensions, contiguous rows and a gap are needed, not strides {out.stride()}, gap {gap}")
         return self._fill(kind, block, next, out, _Rows(out.shape[0], out.shape[1], gap, out.stride(0)), a, b)
+
+    def outside(self, values: torch.Tensor, low: float, high: float) -> Places:
+        """The places of the values (a contiguous row) that are below `low` or above `high`, bounds that the dtype can hold."""
+        wrong = np.empty(len(values) + 1, np.int32)
+        found = self._library.gp_outside(_DTYPES[values.dtype], values.data_ptr(), len(values), low, high, wrong.ctypes.data)
+        return wrong[:found]
+
+    def redraw(
+        self, block: Words, next: int, out: torch.Tensor, wrong: Places, normal: tuple[float, float], bounds: tuple[float, float]
+    ) -> tuple[int, Places]:
+        """One more round of a `trunc_normal_`: those of `out` (a contiguous row, a multiple of 16) at the places `wrong` get the
+        values that `normal_` with (mean, std) draws there next; also returns the places whose new values are out of bounds."""
+        place = _place(next)
+        into, after, places = out.data_ptr(), ctypes.byref(place), wrong.ctypes.data
+        call = (_DTYPES[out.dtype], _changed(block), after, into, len(out), places, len(wrong))
+        left = self._library.gp_redraw(*call, *normal, *bounds)
+        return place.value, wrong[:left]
 
     def _fill(self, kind: Kind, block: Words, next: int, out: torch.Tensor, rows: _Rows, a: float, b: float) -> int:
         if not self.fills(out.dtype, kind) or out.device.type != "cpu":
