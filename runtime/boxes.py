@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..tracer.native import native
 from ..tracer.places import Place
 from .pens import CHUNK, Pen
 from .workers import Workers
@@ -20,7 +21,8 @@ from .workers import Workers
 Box = tuple[range, ...]
 Draws = Callable[[int, torch.Tensor], None]
 
-_PARALLEL = 1 << 20  # elements: what is smaller is not worth a second thread
+_PARALLEL = 1 << 20  # elements: what is smaller is not worth a second thread, where compiled code jumps there
+_PARALLEL_UNCOMPILED = 1 << 22  # the same without it
 _GAP = 1 << 12  # elements: shorter gaps are drawn, as every stretch costs a few microseconds
 
 
@@ -53,8 +55,13 @@ def fill_stretch(fill: Penned, first: int, out: torch.Tensor, place: Place | Non
 
 def pieces(count: int, workers: Workers, quantum: int) -> list[range]:
     """`count` elements, divided between the workers at multiples of `quantum`."""
-    share = count if count < _PARALLEL else -(-count // (workers.count * quantum)) * quantum
+    share = count if count < _least() else -(-count // (workers.count * quantum)) * quantum
     return [range(start, min(start + share, count)) for start in range(0, count, share)] if count else []
+
+
+def _least() -> int:
+    """The elements from which on threads divide a fill between them."""
+    return _PARALLEL if native() is not None else max(_PARALLEL, _PARALLEL_UNCOMPILED)
 
 
 def fill_box(fill: Penned, size: tuple[int, ...], box: Box, out: torch.Tensor, place: Place | None, workers: Workers) -> None:
@@ -87,7 +94,7 @@ def fill_box(fill: Penned, size: tuple[int, ...], box: Box, out: torch.Tensor, p
 
 def _shares(number: int, elements: int, workers: Workers) -> list[range]:
     """The numbers of some rows, which go through so many elements, divided between the workers."""
-    share = number if elements < _PARALLEL else -(-number // workers.count)
+    share = number if elements < _least() else -(-number // workers.count)
     return [range(start, min(start + share, number)) for start in range(0, number, share)]
 
 

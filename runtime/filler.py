@@ -23,7 +23,7 @@ from .pages import prefer_huge_pages
 from .truncated import Truncated
 from .workers import Workers
 
-LARGE = 1 << 20  # elements from which on a fill is worth taking apart
+LARGE = 1 << 22  # elements from which on a fill is worth taking apart: a jump takes as long as drawing a million
 _LARGE_COMPILED = 1 << 14  # the same where compiled code draws
 
 _DRAWN = 1 << 16  # words that are drawn and dropped rather than worked out

@@ -15,7 +15,7 @@ from torch import nn
 
 import groundplan as gp
 from groundplan.doctor import examine
-from groundplan.runtime import fill, pens
+from groundplan.runtime import boxes, fill, pens, truncated
 from groundplan.tracer import draws, places
 from groundplan.tracer.native import native
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
     """What has been tried before is tried anew, and again afterwards."""
-    tried = (draws.check_draws, fill._parts_are_whole, places.jumps_agree, pens._rounds_alike)
+    tried = (draws.check_draws, fill._parts_are_whole, places.jumps_agree, pens._rounds_alike, truncated._is_compiled)
     for each in tried:
         each.cache_clear()
     yield
@@ -72,7 +72,7 @@ def test_the_text_is_within_100_columns() -> None:
 
 
 def test_without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pens, places):
+    for module in (pens, places, boxes, truncated):
         monkeypatch.setattr(module, "native", lambda: None)
     monkeypatch.setattr("groundplan.tracer.jump.native", lambda: None)
     monkeypatch.setattr("groundplan.runtime.filler.native", lambda: None)

@@ -40,7 +40,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def shrink(patched: pytest.MonkeyPatch) -> None:
     for module in (pens, boxes, truncated):
         patched.setattr(module, "CHUNK", 64)
-    patched.setattr(boxes, "_PARALLEL", 128)
+    for name in ("_PARALLEL", "_PARALLEL_UNCOMPILED"):
+        patched.setattr(boxes, name, 128)
     patched.setattr(boxes, "_GAP", 3)
     patched.setattr(filler, "LARGE", 64)
     patched.setattr(truncated, "_COMPILED_CHUNK", 48)
