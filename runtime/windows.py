@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ class Located(NamedTuple):
     dims: tuple[int | None, ...]
 
 
+@lru_cache(maxsize=1 << 12)
 def located(view: View, reference: View) -> Located | None:
     """`view` as a box of `reference`; None where it is none."""
     if view.dtype != reference.dtype or 0 in view.size:
