@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..tracer.draws import BLOCK, draw_of_call, is_random_fill, is_trunc_normal
-from ..tracer.graph import Op, View
+from ..tracer.draws import BLOCK, draw_of_call, is_random_fill, is_static, is_trunc_normal
+from ..tracer.graph import Op
 from ..tracer.places import Draw, Place
 from ..tracer.schema import aten
 from .pens import Pen, pen_for
@@ -68,7 +68,7 @@ def as_fill(op: Op) -> tuple[Any, tuple[Any, ...]] | None:
     if is_random_fill(func):
         return (func, args[1:]) if all(name == "generator" for name, _ in op.kwargs) else None
     if is_trunc_normal(func):
-        return (aten.normal_.default, args[1:3]) if draw_of_call(func, args, *_geometry(op.targets[0])) else None
+        return (aten.normal_.default, args[1:3]) if is_static(op) else None
     if func in _NEW:
         operator, arguments = _NEW[func]
         return operator, arguments(args)
@@ -85,10 +85,6 @@ def created(op: Op, args: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, An
         return (torch.empty_like(args[0], **options), func, scalars(args)) if args[0].device.type == "cpu" else None
     size = next(each for each in args if isinstance(each, list | tuple))
     return torch.empty(size, **options), func, scalars(args)
-
-
-def _geometry(view: View) -> tuple[torch.dtype, int, bool]:
-    return view.dtype, view.numel, view.is_contiguous
 
 
 _UNIFORM: tuple[Any, Any] = (aten.uniform_.default, lambda args: (0.0, 1.0))
