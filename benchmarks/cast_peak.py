@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from common import (
+    BUILT,
     Build,
     Result,
     alternating,
@@ -36,15 +37,6 @@ from common import (
 )
 from torch import nn
 
-BUILT = (
-    "Llama-3.2-1B",
-    "Llama-3.2-1B, 4 layers",
-    "ViT, 300M, trunc_normal_ at 2 sigma",
-    "ViT-base",
-    "BERT-base",
-    "GPT-2",
-    "nn.Transformer",
-)
 FABRIC = next((name for name in ("lightning", "lightning_fabric") if find_spec(name)), None)
 MISSING = "not installed"
 

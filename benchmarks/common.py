@@ -129,6 +129,17 @@ MODELS: dict[str, Callable[..., Build]] = {
     "nn.Transformer": lambda **changes: nn.Transformer if not changes else lambda: nn.Transformer(16, 2, 1, 1, 16),
 }
 
+# What fits here, and is built for real.
+BUILT = (
+    "Llama-3.2-1B",
+    "Llama-3.2-1B, 4 layers",
+    "ViT, 300M, trunc_normal_ at 2 sigma",
+    "ViT-base",
+    "BERT-base",
+    "GPT-2",
+    "nn.Transformer",
+)
+
 
 def warm_up(name: str) -> Build:
     """Import all that the model needs, and run every stage once on little ones; returns the model's constructor."""

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from common import (
+    BUILT,
     Build,
     Result,
     alternating,
@@ -33,15 +34,6 @@ from common import (
 )
 
 SIDES = ("groundplan", "eager")
-BUILT = (
-    "Llama-3.2-1B",
-    "Llama-3.2-1B, 4 layers",
-    "ViT, 300M, trunc_normal_ at 2 sigma",
-    "ViT-base",
-    "BERT-base",
-    "GPT-2",
-    "nn.Transformer",
-)
 
 
 def measure(side: str, model: str) -> Result:
