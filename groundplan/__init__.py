@@ -23,7 +23,7 @@ True
 """
 
 from .explain import Explanation
-from .plan import Plan, trace
+from .plan import Plan, materialize, trace
 from .planner.decisions import Decisions, groundplan_version
 from .planner.memory import Memory
 from .planner.workload import Training
@@ -34,6 +34,7 @@ from .tracer.errors import (
     GroundplanError,
     MaterializeError,
     PlanFileError,
+    RanksError,
     SpecError,
     TraceError,
     UninitializedError,
@@ -45,6 +46,7 @@ __version__ = groundplan_version()
 
 __all__ = [
     "trace",
+    "materialize",
     "Plan",
     "ParamGraph",
     "Decisions",
@@ -60,5 +62,6 @@ __all__ = [
     "PlanFileError",
     "MaterializeError",
     "UninitializedError",
+    "RanksError",
     "SpecError",
 ]

@@ -20,7 +20,8 @@ from .planner.memory import Memory, memory
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.workload import Training
 from .report import Report
-from .runtime import Build, materialize, materialize_state
+from .runtime import Build, materialize_module, materialize_state, meta_module
+from .runtime import materialize as materialize_plan
 from .runtime.materialize import Progress as ProgressCallback
 from .tracer.errors import PlanFileError
 from .tracer.graph import ParamGraph
@@ -41,6 +42,40 @@ def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     [('weight', (4, 3)), ('bias', (4,))]
     """
     return Plan(None, Build.trace(build, args, kwargs))
+
+
+def materialize(
+    module: torch.nn.Module,
+    seed: int | None = None,
+    *,
+    rng: str = "eager",
+    uninitialized: str = "error",
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    group: Any = "world",
+    timeout: float | None = None,
+) -> torch.nn.Module:
+    """Fill a `plan.meta_module()` in place, after you have sharded it: each rank draws its own part only. Returns the module.
+
+    The values are those of the single-device model, bit for bit, whatever the mesh: every DTensor gets its local shard of them,
+    ordinary tensors all of them. It takes the place of `module.to_empty(...)` and the initialization that follows it. Submodules
+    may be wrapped, renamed, moved or deleted before; parts may be filled one by one. `seed`, `rng`, `uninitialized` and
+    `threads` are as in `Plan.materialize`.
+
+    Tensors go to `device`, else where the plan says, else to the mesh's device (`cpu` with FSDP2's CPU offload).
+
+    Every rank of `group` makes the same call; None is this process alone. The ranks compare what they are about to build,
+    and wait for each other at the end: where one raises, dies, or does not come within `timeout` seconds (45 if None), all raise
+    `RanksError`. On any failure the module and the generators are as they were.
+
+    Raises `MaterializeError`, naming the tensor, for a meta tensor that the plan does not know; `UninitializedError`.
+
+    >>> module = materialize(trace(torch.nn.Linear, 3, 4).meta_module(), seed=0)
+    >>> _ = torch.manual_seed(0)
+    >>> torch.equal(module.weight, torch.nn.Linear(3, 4).weight)
+    True
+    """
+    return materialize_module(module, seed, rng, uninitialized, device, threads, group, timeout)
 
 
 @dataclass(frozen=True)
@@ -152,6 +187,18 @@ class Plan:
 
     # -- building -------------------------------------------------------------------------------------------------------
 
+    def meta_module(self) -> Any:
+        """A fresh module of ordinary *meta* tensors, with the plan's casts done, ready for your own `fully_shard` and the like.
+
+        Each of its submodules remembers the plan, so that `gp.materialize(module)` can give it its values afterwards. The
+        constructor runs once more, under trace.
+
+        >>> module = trace(torch.nn.Linear, 3, 4).meta_module()
+        >>> module.weight.device
+        device(type='meta')
+        """
+        return meta_module(self._bound, self.decisions)
+
     def materialize(
         self,
         seed: int | None = None,
@@ -177,7 +224,7 @@ class Plan:
         True
         """
         with _shown(progress, self.memory().phases["construct"]) as callback:
-            return materialize(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)
+            return materialize_plan(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)
 
     def materialize_state(
         self,

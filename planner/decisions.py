@@ -190,6 +190,11 @@ class Decisions(_Record):
     bound_state: HexDigest | None
     steps: tuple[Step, ...]
 
+    @property
+    def casts(self) -> tuple[Cast, ...]:
+        """The steps that convert."""
+        return tuple(step for step in self.steps if isinstance(step, Cast))
+
     def cast(self, dtype: torch.dtype | Mapping[str, torch.dtype], graph: ParamGraph) -> Decisions:
         """These decisions, followed by a cast: `module.to(dtype)`, or a dtype per pattern of names, first match first.
 

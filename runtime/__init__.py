@@ -10,7 +10,10 @@
 * `check`: what must hold before and at the end.
 """
 
-from .materialize import Build, materialize
+from .build import Build
+from .inplace import materialize_module
+from .materialize import materialize
+from .meta import meta_module
 from .state import materialize_state
 
-__all__ = ["Build", "materialize", "materialize_state"]
+__all__ = ["Build", "materialize", "materialize_module", "materialize_state", "meta_module"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -25,11 +23,16 @@ def check_devices(graph: ParamGraph, decisions: Decisions) -> None:
         *((device, "the constructor", "build on one that has, or give the constructor another device") for device in built_on),
         *((device, "the plan", "say plan.to('cpu'), or build on one that has") for device in moved_to),
     ):
-        kind = torch.device(device)
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if kind.type == "cuda" and (kind.index or 0) >= count:
-            has = f"has {count} CUDA device{'s' * (count != 1)}" if count else "has no CUDA device"
-            raise MaterializeError(f"{who} puts tensors on {device}, and this machine {has}; {way_out}")
+        check_device(device, who, way_out)
+
+
+def check_device(device: str | torch.device, who: str = "the call", way_out: str = "name another device") -> None:
+    """Raise `MaterializeError` for a device that this machine does not have."""
+    kind = torch.device(device)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind.type == "cuda" and (kind.index or 0) >= count:
+        has = f"has {count} CUDA device{'s' * (count != 1)}" if count else "has no CUDA device"
+        raise MaterializeError(f"{who} puts tensors on {device}, and this machine {has}; {way_out}")
 
 
 def check_uninitialized(graph: ParamGraph, uninitialized: str, wanted: set[str] | None = None) -> None:
@@ -69,11 +72,3 @@ def check_done(mode: Guided) -> None:
     """Raise where something still waits after the last step."""
     if len(mode.waiting):
         raise MaterializeError(f"{len(mode.waiting)} storages were not filled; this is a bug in groundplan, please report it")
-
-
-def state_digest(states: Mapping[str, torch.Tensor]) -> str:
-    """A digest of generator states, under which a plan that depends on random values is bound to them."""
-    digest = hashlib.sha256()
-    for device in sorted(states):
-        digest.update(device.encode() + b"\0" + states[device].numpy().tobytes())
-    return digest.hexdigest()

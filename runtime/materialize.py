@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph
 from ..tracer.liveness import is_anchor
 from ..tracer.streams import generator_states, generators_kept, restore_generators
-from ..tracer.trace import Origin, trace_constructor
-from .check import check_devices, check_done, check_rng, check_uninitialized, state_digest
+from ..tracer.trace import Origin
+from .build import Build
+from .check import check_devices, check_done, check_rng, check_uninitialized
 from .filler import Threaded
 from .guided import Diverged, Guided
 from .keyed import KeyedSource, Keys, drawn_seed
@@ -36,38 +36,6 @@ from .steps import apply_steps
 from .workers import Workers
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Build:
-    """A constructor with its arguments, what a trace of it gave, and the random states it was traced from."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    graph: ParamGraph
-    origin: Origin = field(repr=False)
-
-    @classmethod
-    def trace(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Build:
-        """Trace `function(*args, **kwargs)`."""
-        graph, origin = trace_constructor(function, *args, **kwargs)
-        return cls(function, args, kwargs, graph, origin)
-
-    def __call__(self) -> Any:
-        return self.function(*self.args, **self.kwargs)
-
-    def under_current_state(self) -> Build:
-        """The same constructor, traced for the generators' present states where its ops depend on them."""
-        if not self.graph.seed_dependent or _same_states(self.origin.torch, generator_states()):
-            return self
-        with ambient_applied(self.graph.ambient):
-            return Build.trace(self.function, self.args, self.kwargs)
-
-    @property
-    def bound_state(self) -> str | None:
-        """The digest of the generator state that the graph holds for, where the constructor looked at random values."""
-        return state_digest(self.origin.torch) if self.graph.seed_dependent else None
 
 
 def materialize(
@@ -90,7 +58,7 @@ def materialize(
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
     check_rng(rng, build.graph)
-    with one_at_a_time, _restored_on_failure(), Workers(threads) as workers:
+    with one_at_a_time, restored_on_failure(), Workers(threads) as workers:
         if rng == "keyed":
             return _run_keyed(build, decisions, drawn_seed() if seed is None else seed, workers, uninitialized, progress)
         if seed is not None:
@@ -149,7 +117,8 @@ def _guided(build: Build, decisions: Decisions, mode: Guided) -> Any:
 
 
 @contextmanager
-def _restored_on_failure() -> Iterator[None]:
+def restored_on_failure() -> Iterator[None]:
+    """Where the body raises, random states come back."""
     states, host = generator_states(), host_random_now()
     try:
         yield
@@ -172,10 +141,6 @@ def _host_random_of(origin: Origin) -> Iterator[None]:
         restore_host_random(user)
 
 
-def _same_states(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(state, other[device]) for device, state in one.items() if device in other)
-
-
 class _Bytes:
     """Adds up the bytes filled so far, for whoever wants to watch."""
 
@@ -192,6 +157,3 @@ class _Bytes:
     def finish(self) -> None:
         if self._progress is not None:
             self._progress(self._total, self._total)
-
-
-__all__ = ["Build", "MaterializeError", "materialize"]

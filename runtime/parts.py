@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ..tracer.errors import MaterializeError
-from ..tracer.graph import Op, View
+from ..tracer.graph import Op, StreamPosition, View
 from ..tracer.places import Place
 from ..tracer.replay import Replay, Spot
+from ..tracer.schema import aten
 from .boxes import Box, cut_rows, fill_box, whole_box
 from .cuda import SCRATCH, CudaFill
 from .fill import Fill
@@ -18,6 +19,12 @@ from .filler import Threaded
 from .pages import prefer_huge_pages
 from .truncated import Settler, Truncated
 from .windows import CONSTANTS, FILLED, Window, Windows, broadcast, by_element, memory_order
+
+Deliver = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def _kept(number: int, piece: torch.Tensor) -> torch.Tensor:
+    return piece
 
 
 class PartialReplay(Replay):
@@ -30,17 +37,38 @@ class PartialReplay(Replay):
         self._threaded = filler
         self._windows: dict[int, Window] = {}
         self._made: dict[int, torch.Tensor] = {}
+        self._deliveries = _Deliveries((), _kept)
 
-    def run_parts(self, wanted: Sequence[tuple[View, Box]]) -> list[torch.Tensor]:
-        """The box of every view, each in memory of its own; what was replayed before is forgotten."""
+    def run_whole(self, views: Sequence[View]) -> list[torch.Tensor]:
+        """All of every view; views of one storage share its memory, which is nobody else's."""
+        storages = list(dict.fromkeys(view.storage for view in views))
+        self._windows = {}
+        self.run(storages)
+        for index in storages:
+            constant, memory = self._records[index].constant, self.storages[index]
+            if constant is not None and memory.data_ptr() == constant.value.untyped_storage().data_ptr():
+                self.storages[index] = memory.clone()
+        return [self.open(view) for view in views]
+
+    def run_parts(
+        self, wanted: Sequence[tuple[View, Box]], ends: Sequence[StreamPosition] = (), deliver: Deliver = _kept
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """The box of every view, each in memory of its own; and as for `run`. What was replayed before is forgotten.
+
+        Each is given to `deliver` with its number as soon as it is finished, and what that returns is kept in its place.
+        """
         self.storages.clear()
+        self._made.clear()
         storages = list(dict.fromkeys(view.storage for view, box in wanted if all(box)))
         needed, _ = self._to_run(storages)
         ops = [self._ops[index] for index in needed]
         elsewhere = [each.index for each in self._records if each.constant is not None or _is_missing(str(each.device))]
         self._windows = Windows(ops, self._nbytes, elsewhere, self._is_by_element).find(wanted)
-        self.run(storages)
-        return [_own(self._piece(view, box)) if all(box) else _nothing(view, box) for view, box in wanted]
+        self._deliveries = _Deliveries(wanted, deliver)
+        states = self._run(storages, list(ends))
+        for storage in self._deliveries.left():
+            self._finished(storage, True)
+        return self._deliveries.pieces(), states
 
     def _is_by_element(self, op: Op) -> bool:
         return by_element(op)
@@ -63,9 +91,17 @@ class PartialReplay(Replay):
             self._made[index] = made.permute(sorted(range(len(order)), key=order.__getitem__))
         return self._made[index]
 
-    def _drop(self, storage: int) -> None:
-        super()._drop(storage)
+    def _finished(self, storage: int, is_wanted: bool) -> None:
+        for number, view, box in self._deliveries.of(storage):
+            self._deliveries.take(number, self._own(self._piece(view, box), storage))
+        super()._finished(storage, is_wanted and storage not in self._deliveries.storages)
         self._made.pop(storage, None)
+
+    def _own(self, piece: torch.Tensor, storage: int) -> torch.Tensor:
+        """The piece itself if it is all that its memory holds, and not a tensor's from outside; else a copy."""
+        memory, constant = piece.untyped_storage(), self._records[storage].constant
+        outside = constant is not None and memory.data_ptr() == constant.value.untyped_storage().data_ptr()
+        return piece.clone() if outside or memory.nbytes() != piece.nbytes else piece
 
     def _piece(self, view: View, local: Box) -> torch.Tensor:
         """The box `local` of a view, for real."""
@@ -106,6 +142,9 @@ class PartialReplay(Replay):
         def piece(value: Any) -> Any:
             return self._piece(value, broadcast(local, value)) if isinstance(value, View) else value
 
+        if op.func is aten._to_copy.default:
+            target.copy_(piece(op.args[0]))  # the same conversion, without a tensor in between
+            return
         torch.set_default_dtype(op.default_dtype)
         kwargs = {name: piece(value) for name, value in op.kwargs if name not in ("memory_format", "device", "pin_memory")}
         out = op.func(*map(piece, op.args), **kwargs)
@@ -157,7 +196,9 @@ class PartialReplay(Replay):
 
     def _settle(self, call: Truncated, size: tuple[int, ...], box: Box, out: torch.Tensor, start: Place) -> None:
         if box[1:] == whole_box(size)[1:] and box[0].step == 1:
-            call.write(box[0].start * (call.fill.numel // size[0]), out.view(-1), start, self._threaded.workers)
+            rounds = call.write(box[0].start * (call.fill.numel // size[0]), out.view(-1), start, self._threaded.workers)
+            if box == whole_box(size):
+                call.remember(start, rounds)
         else:
             cut_rows(size, box, out, Settler(call, start).settle, call.fill.dtype)
 
@@ -167,14 +208,40 @@ def _is_missing(device: str) -> bool:
     return device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available())
 
 
+class _Deliveries:
+    """The pieces that are wanted, by the storage that each is cut out of: handed over as soon as that is finished."""
+
+    def __init__(self, wanted: Sequence[tuple[View, Box]], deliver: Deliver) -> None:
+        self._deliver = deliver
+        self._pieces: dict[int, torch.Tensor] = {}
+        self._awaited: dict[int, list[tuple[int, View, Box]]] = {}
+        for number, (view, box) in enumerate(wanted):
+            if all(box):
+                self._awaited.setdefault(view.storage, []).append((number, view, box))
+            else:
+                self.take(number, _nothing(view, box))
+        self.storages = frozenset(self._awaited)
+
+    def of(self, storage: int) -> list[tuple[int, View, Box]]:
+        """What is cut out of a storage; asked for once."""
+        return self._awaited.pop(storage, [])
+
+    def left(self) -> list[int]:
+        """The storages that no op has written or read."""
+        return list(self._awaited)
+
+    def take(self, number: int, piece: torch.Tensor) -> None:
+        """Hand a piece over."""
+        self._pieces[number] = self._deliver(number, piece)
+
+    def pieces(self) -> list[torch.Tensor]:
+        """All of them, in order."""
+        return [self._pieces[number] for number in range(len(self._pieces))]
+
+
 def _nothing(view: View, box: Box) -> torch.Tensor:
     """A part without elements."""
     return torch.empty([len(part) for part in box], dtype=view.dtype)
-
-
-def _own(piece: torch.Tensor) -> torch.Tensor:
-    """The piece itself if it is all that its memory holds, else a copy."""
-    return piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone()
 
 
 def _sure(found: Any) -> Any:

@@ -8,20 +8,18 @@ from typing import Any
 import torch
 
 from ..planner.check import check_decisions
-from ..planner.decisions import Cast, Decisions, final_device
-from ..tracer.ambient import ambient_applied, host_random_from, one_at_a_time
-from ..tracer.collect import roots_of
+from ..planner.decisions import Decisions, final_device
+from ..tracer.ambient import host_random_from, one_at_a_time
 from ..tracer.errors import MaterializeError
-from ..tracer.graph import ParamGraph, TensorNode
+from ..tracer.graph import ParamGraph
 from ..tracer.streams import generator_states, generators_kept
-from ..tracer.trace import trace_constructor
+from .build import Build
 from .check import check_devices, check_rng, check_uninitialized
 from .filler import Threaded
 from .indexing import Part, box_of
 from .keyed import KeyedReplay, Keys, drawn_seed
-from .materialize import Build
 from .parts import PartialReplay
-from .steps import apply_steps
+from .steps import traced_with_casts
 from .workers import Workers
 
 
@@ -53,28 +51,12 @@ def materialize_state(
         build = build.under_current_state()
         boxes = {name: box_of(name, build.graph.tensor(name).shape, indices.get(name, ...)) for name in names}
         check_uninitialized(build.graph, uninitialized, set(names))
-        graph = _with_casts(build, decisions)
+        graph = traced_with_casts(build, decisions)[0].graph if decisions.casts else build.graph
         options = (graph.ops, graph.storages, generator_states(), uninitialized == "zero", Threaded(workers))
         keys = Keys.of(seed or 0, build.graph) if rng == "keyed" else None
         replay = PartialReplay(*options) if keys is None else KeyedReplay(keys, *options)
         found = _replayed(graph, boxes, replay)
     return {name: _placed(name, each, build.graph, decisions) for name, each in found.items()}
-
-
-def _with_casts(build: Build, decisions: Decisions) -> ParamGraph:
-    """The graph of the constructor followed by the plan's casts: `module.to` itself is traced, whatever it does."""
-    casts = tuple(step for step in decisions.steps if isinstance(step, Cast))
-    if not casts:
-        return build.graph
-    only_casts = decisions.model_copy(update={"steps": casts})
-
-    def build_and_cast() -> Any:
-        built = build()
-        roots_of(built)
-        return apply_steps(built, only_casts, build.graph)
-
-    with ambient_applied(build.graph.ambient):
-        return trace_constructor(build_and_cast)[0]
 
 
 def _replayed(graph: ParamGraph, parts: Mapping[str, Part], replay: PartialReplay) -> dict[str, torch.Tensor]:
@@ -85,22 +67,11 @@ def _replayed(graph: ParamGraph, parts: Mapping[str, Part], replay: PartialRepla
                 f"{name} is a {node.type} tensor, which has no recipe of its own; take it from plan.materialize()"
             )
     whole = {name: node for name, node in nodes.items() if parts[name].is_whole}
-    found = _whole(graph, whole, replay) if whole else {}
+    found = dict(zip(whole, replay.run_whole([node.view for node in whole.values()]), strict=True))
     cut = {name: part for name, part in parts.items() if not part.is_whole}
-    pieces = replay.run_parts([(nodes[name].view, part.box) for name, part in cut.items()]) if cut else []
+    pieces = replay.run_parts([(nodes[name].view, part.box) for name, part in cut.items()])[0] if cut else []
     found |= {name: part.without_dims(piece) for (name, part), piece in zip(cut.items(), pieces, strict=True)}
     return {name: found[name].requires_grad_(node.requires_grad) for name, node in nodes.items()}
-
-
-def _whole(graph: ParamGraph, nodes: Mapping[str, TensorNode], replay: PartialReplay) -> dict[str, torch.Tensor]:
-    replay.run(dict.fromkeys(node.view.storage for node in nodes.values()))
-    for node in nodes.values():
-        constant = graph.storages[node.view.storage].constant
-        if constant is not None and constant.value is not None:  # an outside tensor's memory is not ours to hand out
-            storage = replay.storages[node.view.storage]
-            if storage.data_ptr() == constant.value.untyped_storage().data_ptr():
-                replay.storages[node.view.storage] = storage.clone()
-    return {name: replay.open(node.view) for name, node in nodes.items()}
 
 
 def _placed(name: str, tensor: torch.Tensor, graph: ParamGraph, decisions: Decisions) -> torch.Tensor:

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from ..planner.decisions import Cast, Decisions, Move
+from ..tracer.ambient import ambient_applied, host_random_from, one_at_a_time
 from ..tracer.collect import roots_of
 from ..tracer.graph import ParamGraph
+from ..tracer.streams import generators_kept, restore_generators
+from .build import Build
 
 
 def apply_steps(built: Any, decisions: Decisions, graph: ParamGraph) -> Any:
@@ -24,6 +27,23 @@ def apply_steps(built: Any, decisions: Decisions, graph: ParamGraph) -> Any:
             else:
                 _cast_by_name(root, prefix, step, graph)
     return built
+
+
+def traced_with_casts(build: Build, decisions: Decisions) -> tuple[Build, Any]:
+    """The constructor followed by the plan's casts, traced from where the first trace started; and what that returned.
+
+    `module.to` itself is traced, whatever it does. Without casts it is the constructor alone, once more.
+    """
+    only_casts = decisions.model_copy(update={"steps": decisions.casts})
+
+    def build_and_cast() -> Any:
+        built = build()
+        roots_of(built)
+        return apply_steps(built, only_casts, build.graph)
+
+    with one_at_a_time, generators_kept(), host_random_from(build.origin.host), ambient_applied(build.graph.ambient):
+        restore_generators(build.origin.torch)
+        return Build.trace_and_keep(build_and_cast, (), {})
 
 
 def _cast_by_name(root: nn.Module, prefix: str, step: Cast, graph: ParamGraph) -> None:

@@ -66,19 +66,23 @@ class Truncated:
 
     def rounds(self, place: Place, workers: Workers) -> int:
         """How many rounds the whole fill takes from `place`."""
-        found = self._known(place)
-        if found is not None:
-            return found
+        found = self.known(place)
+        return self.remember(place, self.rounds_of(place, 0, 1, workers)) if found is None else found
+
+    def rounds_of(self, place: Place, part: int, parts: int, workers: Workers) -> int:
+        """How many rounds one of `parts` equal parts of the elements takes."""
         rounds: list[int] = []
+        share = -(-self.fill.numel // (parts * self.fill.quantum)) * self.fill.quantum
+        first = min(part * share, self.fill.numel)
 
         def settle(piece: range) -> None:
             settler, scratch = Settler(self, place), torch.empty(CHUNK, dtype=self.fill.dtype, device="cpu")
-            for first in range(piece.start, piece.stop, CHUNK):
-                settler.settle(first, scratch[: min(CHUNK, piece.stop - first)])
+            for start in range(first + piece.start, first + piece.stop, CHUNK):
+                settler.settle(start, scratch[: min(CHUNK, first + piece.stop - start)])
             rounds.append(settler.rounds)
 
-        workers.each(settle, pieces(self.fill.numel, workers, self.fill.quantum))
-        return self.remember(place, max(rounds))
+        workers.each(settle, pieces(min(share, self.fill.numel - first), workers, self.fill.quantum))
+        return max(rounds, default=1)
 
     def after(self, place: Place, rounds: int) -> Place:
         """Where the stream stands after so many rounds."""
@@ -86,7 +90,8 @@ class Truncated:
             place = place.after(self.fill.draw)
         return place
 
-    def _known(self, place: Place) -> int | None:
+    def known(self, place: Place) -> int | None:
+        """How many rounds the whole fill takes from `place`, if that has been found out before."""
         return place.stream.lengths.get((place.words, self._key))
 
     def remember(self, place: Place, rounds: int) -> int:

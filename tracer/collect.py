@@ -43,12 +43,23 @@ def roots_of(built: Any) -> dict[str, nn.Module]:
 
 def collect(built: Any, ledger: Ledger) -> tuple[tuple[ModuleNode, ...], tuple[TensorNode, ...]]:
     """The modules and tensors of what the constructor returned, in `named_modules` order."""
+    modules, names = _modules(built)
+    nodes = [ModuleNode(names[key], type(module).__name__, module.training) for key, module in modules.items()]
+    return tuple(nodes), tuple(_tensors(modules, names, ledger))
+
+
+def named_modules(built: Any) -> list[tuple[str, nn.Module]]:
+    """Every module of what a constructor returned, under the first of its names."""
+    modules, names = _modules(built)
+    return [(names[key][0], module) for key, module in modules.items()]
+
+
+def _modules(built: Any) -> tuple[dict[int, nn.Module], _Names]:
     modules: dict[int, nn.Module] = {}
     names: _Names = {}
     for prefix, root in roots_of(built).items():
         _walk(root, prefix, modules, names)
-    nodes = [ModuleNode(names[key], type(module).__name__, module.training) for key, module in modules.items()]
-    return tuple(nodes), tuple(_tensors(modules, names, ledger))
+    return modules, names
 
 
 def _walk(module: nn.Module, name: str, modules: dict[int, nn.Module], names: _Names) -> None:

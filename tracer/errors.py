@@ -8,6 +8,7 @@
     * `PlanFileError`: a saved plan that cannot be read, or is not this constructor's
     * `MaterializeError`: building failed; nothing half-built is left behind
         * `UninitializedError`: the constructor leaves tensors without values, and no source for them was given
+        * `RanksError`: the processes that build together do not agree, or one of them failed
     * `SpecError`: a command-line SPEC that names no constructor
 
 Errors that the user's own constructor raises are never wrapped: they come out as eager raises them.
@@ -52,6 +53,10 @@ class MaterializeError(GroundplanError):
 
 class UninitializedError(MaterializeError):
     """The constructor leaves tensors without values, and the caller named no source for them."""
+
+
+class RanksError(MaterializeError):
+    """The ranks that build a module together do not agree, or one of them failed; the message names the rank."""
 
 
 class SpecError(GroundplanError):

@@ -261,7 +261,8 @@ class ParamGraph:
     """What one constructor creates: modules, tensors, storages, and the ops that give them their values.
 
     `seed_dependent` lists the lines at which the constructor looked at random values (`.item()` of a drawn tensor): its ops then
-    hold for one generator state only. `host_random` is set when it drew from Python's or numpy's random module.
+    hold for one generator state only. `host_random` is set when it drew from Python's or numpy's random module. `ends` says where
+    every default generator in use stands afterwards.
     """
 
     modules: tuple[ModuleNode, ...]
@@ -273,6 +274,7 @@ class ParamGraph:
     seed_dependent: tuple[Frame, ...] = ()
     host_random: bool = False
     notes: tuple[str, ...] = ()
+    ends: tuple[StreamPosition, ...] = ()
 
     # -- looking things up ------------------------------------------------------------------------------------------
 

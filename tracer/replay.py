@@ -19,6 +19,7 @@ from .errors import TraceError
 from .graph import StreamPosition, View
 from .liveness import slice_indices
 from .places import Place
+from .schema import aten
 from .streams import default_generator, generators_kept
 
 Spot = Place | torch.Tensor
@@ -27,6 +28,9 @@ Spot = Place | torch.Tensor
 
 class Filler:
     """How a replay draws: what a faster one may take over from running every call whole, where its turn comes."""
+
+    def check(self) -> None:
+        """Called before each op; an error that it raises ends the replay."""
 
     def passed(self, op: Any, start: Place) -> Place | None:
         """Where the CPU's stream stands after `op`, without its values; None where that takes running it."""
@@ -66,15 +70,21 @@ class Replay:
         self._ends: dict[int, Spot | Callable[[], Spot]] = {}  # what takes time is worked out where another op starts from it
         self._different: dict[int, str] = {}
 
-    def run(self, wanted: Iterable[int]) -> None:
-        """Build the storages `wanted`."""
+    def run(self, wanted: Iterable[int], ends: Iterable[StreamPosition] = ()) -> dict[str, torch.Tensor]:
+        """Build the storages `wanted`; returns the states of generators that stand at `ends`, by their devices."""
         wanted = list(wanted)
-        needed, chain = self._to_run(wanted)
+        states = self._run(wanted, list(ends))
+        for index in wanted:
+            self._storage(index)
+        return states
+
+    def _run(self, wanted: Sequence[int], ends: Sequence[StreamPosition]) -> dict[str, torch.Tensor]:
+        needed, chain = self._to_run(wanted, [end.op for end in ends if end.op is not None])
         self.ambient = any(self._ops[index].position.origin == "ambient" for index in chain)
         with generators_kept(), torch.no_grad(), default_dtype_kept():
             self._run_all(needed, chain, set(wanted))
-        for index in wanted:
-            self._storage(index)
+            states = {end.device: self._start(end) for end in ends}
+        return {device: spot.state() if isinstance(spot, Place) else spot for device, spot in states.items()}
 
     def open(self, view: View) -> torch.Tensor:
         """The real tensor that `view` stands for."""
@@ -96,11 +106,14 @@ class Replay:
                 writers.setdefault(view.storage, []).append(op.index)
         return writers
 
-    def _to_run(self, wanted: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The ops to run, and the random ones to pass over: where one of these reads something, its draws may depend on that."""
+    def _to_run(self, wanted: Sequence[int], last: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """The ops to run, and the random ones to pass over, up to the ops `last`.
+
+        Where one of these reads something, its draws may depend on that.
+        """
         needed = slice_indices(self._ops, self._nbytes, self._writers, wanted)
         while True:
-            chain = self._chain(needed)
+            chain = self._chain([*needed, *last])
             also = [index for index in chain if self._ops[index].reads and draw_of(self._ops[index]) is None]
             if set(also) <= set(needed):
                 return needed, chain
@@ -119,8 +132,10 @@ class Replay:
     # -- running --------------------------------------------------------------------------------------------------------
 
     def _run_all(self, needed: Sequence[int], chain: Sequence[int], wanted: set[int]) -> None:
-        needs, last_use = set(needed), self._last_uses(needed)
-        for index in sorted({*needed, *chain}):
+        needs, order = set(needed), self._ordered({*needed, *chain})
+        last_use = self._last_uses([index for index in order if index in needs])
+        for index in order:
+            self._filler.check()
             op = self._ops[index]
             if op.position is None:
                 self._call(op)
@@ -128,11 +143,24 @@ class Replay:
                 start = self._start(op.position)
                 self._ends[index] = self._drawn(op, start) if index in needs else self._passed_over(op, start)
             for storage in last_use.get(index, ()):
-                if storage not in wanted:
-                    self._drop(storage)
+                self._finished(storage, storage in wanted)
 
-    def _drop(self, storage: int) -> None:
-        self.storages.pop(storage, None)
+    def _ordered(self, indices: Iterable[int]) -> list[int]:
+        """The order of the tape, except that a tensor is converted as soon as it is finished: what it was made of can go then."""
+        order: list[tuple[int, int]] = []
+        finished: dict[int, int] = {}
+        for index in sorted(indices):
+            op = self._ops[index]
+            converts = op.func is aten._to_copy.default and op.position is None
+            turn = max((finished.get(view.storage, -1) for view in op.reads), default=index) if converts else index
+            finished.update((view.storage, turn) for view in op.targets)
+            order.append((turn, index))
+        return [index for _, index in sorted(order)]
+
+    def _finished(self, storage: int, is_wanted: bool) -> None:
+        """Nothing will read or write a storage any more: it can go, unless it is wanted itself."""
+        if not is_wanted:
+            self.storages.pop(storage, None)
 
     def _last_uses(self, needed: Sequence[int]) -> Mapping[int, list[int]]:
         """After which op each storage is of no more use."""

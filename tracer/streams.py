@@ -43,10 +43,20 @@ class Streams:
             for index, generator in enumerate(torch.cuda.default_generators):
                 self.start(generator, torch.device("cuda", index))
 
-    def check_end(self) -> None:
-        """Raise `TraceError` where something drew from the CPU's generator after the last recorded op."""
-        if torch.default_generator.initial_seed() in self._known:
-            _check_untouched(torch.default_generator)
+    def ends(self) -> tuple[StreamPosition, ...]:
+        """Where the default generators in use stand now.
+
+        Raises `TraceError` where something drew from the CPU's generator after the last recorded op.
+        """
+        return tuple(self._end(torch.device(name)) for name in sorted(self._started))
+
+    def _end(self, device: torch.device) -> StreamPosition:
+        generator = self.default_generator(device)
+        position = self._known.get(generator.initial_seed())
+        if position is None:
+            return _explicit(generator, device)
+        _check_untouched(generator)
+        return position
 
     @contextmanager
     def private_generators_kept(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 
 from .ambient import HostRandom, ambient_kept, ambient_now, host_random_now, one_at_a_time, restore_host_random
 from .collect import collect
-from .graph import ModuleNode, ParamGraph, TensorNode
+from .graph import ModuleNode, ParamGraph, StreamPosition, TensorNode
 from .patches import torch_patched
 from .streams import generators_kept
 from .tape import Tape
@@ -33,14 +33,19 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
 
     Errors of the constructor come out as they are. Raises `TraceError` for what a trace cannot follow.
     """
+    graph, origin, _ = trace_and_keep(build, *args, **kwargs)
+    return graph, origin
+
+
+def trace_and_keep(build: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[ParamGraph, Origin, Any]:
+    """The same, and what the constructor returned, made of traced tensors."""
     ambient, host = ambient_now(), host_random_now()
     with one_at_a_time, generators_kept() as states, ambient_kept():
         tape = Tape(states)
         try:
-            built, modules, tensors = _recorded(tape, build, args, kwargs)
+            built, modules, tensors, ends = _recorded(tape, build, args, kwargs)
             moved = not host_random_now().same(host)
             ops, storages = tape.finish(tensor.view.storage for tensor in tensors)
-            del built
         finally:
             restore_host_random(host)
             tape.values.give_back()
@@ -53,15 +58,16 @@ def trace_constructor(build: Callable[..., Any], *args: Any, **kwargs: Any) -> t
         "cuda" if ambient.default_device.startswith("cuda") else "cpu",
         tuple(tape.values.seed_dependent),
         moved,
+        ends=ends,
     )
     graph.check()
-    return graph, Origin(states, host)
+    return graph, Origin(states, host), built
 
 
 def _recorded(
     tape: Tape, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[ModuleNode, ...], tuple[TensorNode, ...]]:
-    """What the constructor returns, made of traced tensors, and what that holds.
+) -> tuple[Any, tuple[ModuleNode, ...], tuple[TensorNode, ...], tuple[StreamPosition, ...]]:
+    """What the constructor returns, made of traced tensors, what that holds, and where the generators then stand.
 
     It is looked through while the tape still records: asking a view for its `grad_fn` may make autograd take the view again.
     """
@@ -69,8 +75,8 @@ def _recorded(
     streams.start_default()
     with streams.private_generators_kept(), torch_patched(tape), tape.recording():
         built = run_constructor(build, args, kwargs)
-        streams.check_end()
-        return built, *collect(built, tape.ledger)
+        ends = streams.ends()
+        return built, *collect(built, tape.ledger), ends
 
 
 def run_constructor(build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
