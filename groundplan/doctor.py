@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .planner.decisions import dtype_name, groundplan_version
+from .planner.decisions import groundplan_version
+from .planner.records import dtype_name
 from .runtime.cuda import check_pieces
 from .runtime.fill import check_parts
 from .runtime.pages import huge_pages

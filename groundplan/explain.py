@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .fold import fold_names
-from .planner.decisions import Cast, Decisions, Move, Rule, castable, dtype_name, final_device, final_dtype
+from .planner.decisions import Cast, Decisions, Move, Rule, castable, final_device, final_dtype
 from .planner.memory import memory
+from .planner.records import dtype_name
 from .report import WAY_OUT, peak_line, step_line
 from .shown import Shown, heading, shortened
 from .tracer.describe import describe_frame, describe_op, describe_part, describe_value, operator_name

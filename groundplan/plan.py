@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -18,13 +18,17 @@ from .planner.check import check_decisions
 from .planner.decisions import Decisions, default_decisions
 from .planner.memory import Memory, memory
 from .planner.plan_file import load_decisions, save_decisions
+from .planner.sharding import LAYERS, sharding
 from .planner.workload import Training
 from .report import Report
-from .runtime import Build, materialize_module, materialize_state, meta_module
+from .runtime import Build, materialize_state, meta_module
 from .runtime import materialize as materialize_plan
 from .runtime.materialize import Progress as ProgressCallback
-from .tracer.errors import PlanFileError
+from .tracer.errors import DecisionError, MaterializeError, PlanFileError
 from .tracer.graph import ParamGraph
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _SHOWN_FROM = 2**28  # bytes; a model below this is built before a bar could be read
 
@@ -75,6 +79,8 @@ def materialize(
     >>> torch.equal(module.weight, torch.nn.Linear(3, 4).weight)
     True
     """
+    from .runtime.inplace import materialize_module  # torch.distributed, which it imports, takes a second
+
     return materialize_module(module, seed, rng, uninitialized, device, threads, group, timeout)
 
 
@@ -153,6 +159,52 @@ class Plan:
         """
         return replace(self, _decided=self.decisions.to(device))
 
+    def shard(
+        self,
+        axes: Mapping[str, int],
+        *,
+        units: str | Sequence[str] = LAYERS,
+        tensor: str | Mapping[str, str] | None = None,
+        reshard: bool | int = True,
+        compute_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> Plan:
+        """Divide the module between the ranks of a mesh: `{"dp": 8}`, or `{"dp_replicate": 2, "dp_shard": 4, "tp": 2}`.
+
+        No process group is needed before `materialize`, which carries it out with torch's FSDP2, tensor parallelism and
+        replication. `dp`, `fsdp`, `dp_shard` or `shard` is the axis that FSDP shards along, `dp_replicate`, `replicate` or `ddp`
+        the one that it replicates along, `tp` or `tensor` the one that single layers are divided along.
+
+        FSDP gathers one of the `units` at a time: patterns of the names of modules (`*` stands within one component), or
+        `"layers"`, every layer that repeats. `reshard` is FSDP2's `reshard_after_forward`, `compute_dtype` and `reduce_dtype` are
+        its mixed precision, `offload` keeps shards in host memory. `tensor` gives a style for patterns of modules:
+        `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`, `colwise_gather_output`,
+        `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers model's own `tp_plan`.
+
+        Raises `DecisionError` for axes, units or rules that do not fit the module, quoting the values.
+
+        >>> plan = trace(torch.nn.Transformer, 16, 2, 2, 2, 32).shard({"dp": 4})
+        >>> plan.decisions.sharding.units
+        ('encoder.layers.*', 'decoder.layers.*')
+        """
+        engine: Literal["torch", "transformers"] = "transformers" if isinstance(tensor, str) else "torch"
+        rules = self._own_rules(tensor) if isinstance(tensor, str) else tensor
+        made = sharding(axes, self.graph, units, rules, engine, reshard, compute_dtype, reduce_dtype, offload)
+        return replace(self, _decided=self.decisions.shard(made))
+
+    def _own_rules(self, tensor: str) -> Mapping[str, str]:
+        """The tensor parallel plan that a transformers model brings along."""
+        if tensor != "auto":
+            raise DecisionError(f'tensor={tensor!r} is neither "auto" nor a mapping of patterns to styles')
+        rules = getattr(self.meta_module(), "tp_plan", None)
+        if not rules:
+            raise DecisionError(
+                f'{self.decisions.constructor} has no tensor parallel plan of its own (tp_plan), which tensor="auto" means; give '
+                'one, such as tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"}'
+            )
+        return dict(rules)
+
     # -- keeping --------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -207,6 +259,8 @@ class Plan:
         uninitialized: str = "error",
         threads: int | None = None,
         progress: bool | ProgressCallback = True,
+        mesh: DeviceMesh | None = None,
+        timeout: float | None = None,
     ) -> Any:
         """Build the module, with the values that the eager constructor gives, bit for bit; any number of times.
 
@@ -218,11 +272,20 @@ class Plan:
         `UninitializedError` is raised, unless `uninitialized` says `"zero"` or `"empty"`. On any failure nothing half-built
         stays behind, and the generators stand where they stood.
 
+        A plan that shards is built by all ranks together: each makes the same call, and fills its own part only. They form the
+        plan's mesh, or are that of `mesh`, whose axes have the plan's names and sizes; `timeout` is as in `gp.materialize`.
+
         >>> model = trace(torch.nn.Linear, 3, 4).materialize(seed=0)
         >>> _ = torch.manual_seed(0)
         >>> torch.equal(model.weight, torch.nn.Linear(3, 4).weight)
         True
         """
+        if self.decisions.sharding is not None:
+            from .runtime.inplace import materialize_sharded
+
+            return materialize_sharded(self._bound, self.decisions, seed, rng, uninitialized, threads, mesh, timeout)
+        if mesh is not None:
+            raise MaterializeError("mesh= is given, and the plan does not shard; say plan.shard({axis: size, ...}) first")
         with _shown(progress, self.memory().phases["construct"]) as callback:
             return materialize_plan(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)
 

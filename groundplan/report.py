@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .fold import Fold, fold_names
-from .planner.decisions import Cast, Decisions, Move, dtype_name, final_device, final_dtype
+from .planner.decisions import Cast, Decisions, Move, final_device, final_dtype
 from .planner.memory import Memory
+from .planner.records import dtype_name
 from .shown import Shown, bullets, heading, shortened, write_atomically
 from .tensor_table import SECTIONS, Row, tensor_table
 from .tracer.describe import describe_frame, describe_op, recipe_phrases

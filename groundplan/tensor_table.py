@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from rich.text import Text
 
-from .planner.decisions import dtype_name
+from .planner.records import dtype_name
 from .shown import shortened
 from .units import format_bytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..tracer.errors import DecisionError, PlanFileError
 from ..tracer.graph import ParamGraph
+from .check_sharding import check_sharding
 from .decisions import AmbientSettings, Cast, Decisions, Move, check_cast
 
 
@@ -21,6 +22,8 @@ def check_decisions(decisions: Decisions, graph: ParamGraph) -> None:
             check_cast(step, graph)
         else:
             _check_move(step, graph)
+    if decisions.sharding is not None:
+        check_sharding(decisions.sharding, graph)
 
 
 def _check_settings(decisions: Decisions, graph: ParamGraph) -> None:

@@ -19,39 +19,21 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, field_validator
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import Ambient, ParamGraph, Storage, TensorNode
+from .records import DTYPES, Record, dtype_name, dtype_named
+from .sharding import Sharding
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,128}$")]
 
-DTYPES: Mapping[str, torch.dtype] = {
-    str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
-}
 _DEVICE = re.compile(r"(cpu|cuda)(?::(0|[1-9][0-9]{0,2}))?")
 _HIGHEST_INDEX = 127  # torch keeps a device index in eight signed bits and wraps larger ones around without a word
 
 
-# -- names of dtypes and devices ----------------------------------------------------------------------------------------
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name a dtype is saved under.
-
-    >>> dtype_name(torch.half)
-    'float16'
-    """
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The dtype saved under `name`; raises `DecisionError` with the nearest names."""
-    try:
-        return DTYPES[name]
-    except KeyError:
-        raise DecisionError(f"torch has no dtype called {name!r}{nearest(name, DTYPES)}") from None
+# -- dtypes and devices -------------------------------------------------------------------------------------------------
 
 
 def cast_target(dtype: object) -> torch.dtype:
@@ -81,11 +63,7 @@ def device_name(device: object) -> str:
 # -- the saved records --------------------------------------------------------------------------------------------------
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-class Rule(_Record):
+class Rule(Record):
     """Tensors whose name matches `pattern` (as `fnmatch` does) are converted to the dtype called `dtype`."""
 
     pattern: Annotated[str, StringConstraints(min_length=1)]
@@ -98,7 +76,7 @@ class Rule(_Record):
         return name
 
 
-class Cast(_Record):
+class Cast(Record):
     """Convert floating-point and complex parameters and buffers: the first rule that matches a tensor's name wins."""
 
     kind: Literal["cast"] = "cast"
@@ -125,7 +103,7 @@ class Cast(_Record):
         return next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
 
 
-class Move(_Record):
+class Move(Record):
     """Put every parameter and buffer on `device`: `cpu`, `cuda` (the current CUDA device) or `cuda:N`."""
 
     kind: Literal["move"] = "move"
@@ -140,7 +118,7 @@ class Move(_Record):
 Step = Annotated[Cast | Move, Field(discriminator="kind")]
 
 
-class AmbientSettings(_Record):
+class AmbientSettings(Record):
     """The torch settings that the constructor ran under, as data (`Ambient` in the graph)."""
 
     default_dtype: str
@@ -174,11 +152,12 @@ class AmbientSettings(_Record):
         return Ambient(dtype_named(self.default_dtype), self.default_device, self.grad_enabled, self.inference_mode)
 
 
-class Decisions(_Record):
+class Decisions(Record):
     """Everything a plan says besides its graph: which constructor, under which settings, and the steps that follow it.
 
     `fingerprint` is the graph's. `bound_state` is a digest of the generator state that the tape holds for, where the constructor
-    looked at random values; else None. `constructor` is for display only and never imported.
+    looked at random values; else None. `constructor` is for display only and never imported. `sharding` is None where one process
+    builds it all.
     """
 
     constructor: str
@@ -189,6 +168,7 @@ class Decisions(_Record):
     ambient: AmbientSettings
     bound_state: HexDigest | None
     steps: tuple[Step, ...]
+    sharding: Sharding | None = None
 
     @property
     def casts(self) -> tuple[Cast, ...]:
@@ -211,6 +191,10 @@ class Decisions(_Record):
     def to(self, device: str | torch.device) -> Decisions:
         """These decisions, followed by `module.to(device)`; raises `DecisionError` for anything but CPU and CUDA."""
         return self._followed_by(Move(device=device_name(device)))
+
+    def shard(self, sharding: Sharding) -> Decisions:
+        """These decisions, with the module divided as `sharding` says."""
+        return self.model_copy(update={"sharding": sharding})
 
     def _followed_by(self, step: Cast | Move) -> Decisions:
         return self.model_copy(update={"steps": (*self.steps, step)})

@@ -8,12 +8,18 @@
 * `fill`, `pens`, `boxes`, `truncated`, `cuda`: which calls can be taken apart, and how a stretch or a box of one is drawn;
 * `workers`, `pages`: threads, and huge pages for new memory;
 * `check`: what must hold before and at the end.
+
+A module that is divided between ranks is filled in place. `inplace` is that verb; it imports torch.distributed, which takes a
+second, so it is imported when it is called:
+
+* `meta`: a module of meta tensors that remembers its plan; `parallel`: the plan's sharding, by torch's engines;
+* `targets`, `regions`: what is to be filled, and which part of it is here; `placing`: how it gets there;
+* `ranks`, `agreement`, `shared`: what the ranks tell each other.
 """
 
 from .build import Build
-from .inplace import materialize_module
 from .materialize import materialize
 from .meta import meta_module
 from .state import materialize_state
 
-__all__ = ["Build", "materialize", "materialize_module", "materialize_state", "meta_module"]
+__all__ = ["Build", "materialize", "materialize_state", "meta_module"]

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from ..planner.check import check_decisions
 from ..planner.decisions import Decisions, Move, device_name, final_device
 from ..tracer.ambient import host_random_from, one_at_a_time
 from ..tracer.errors import MaterializeError
@@ -28,6 +30,8 @@ from .build import Build
 from .check import check_device, check_devices, check_rng, check_uninitialized
 from .keyed import KeyedReplay, Keys, drawn_seed
 from .materialize import restored_on_failure
+from .meta import meta_module
+from .parallel import apply_sharding, check_mesh, group_of, mesh_of
 from .parts import PartialReplay
 from .placing import check_hooks, place, renew_weak_references, wrapped
 from .ranks import Ranks, together
@@ -53,17 +57,54 @@ def materialize_module(
     do not agree or one of them fails; the module and the generators are then as they were.
     """
     with together(group, timeout) as ranks:
-        blueprint, targets = find_targets(module)
-        job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device)
-        with one_at_a_time, restored_on_failure(), Workers(threads) as workers:
-            ranks.agree(job.says(seed) if ranks.count > 1 else {})
-            held = _filled(job, seed, ranks, workers)
-            made = [wrapped(target.tensor, local) for target, local in zip(targets, held, strict=True)]
-            ranks.finish()
-            for target, tensor in zip(targets, made, strict=True):
-                place(target, tensor)
-            renew_weak_references(module)
+        return _fill_together(module, ranks, seed, rng, uninitialized, device, threads)
+
+
+def _fill_together(
+    module: nn.Module,
+    ranks: Ranks,
+    seed: int | None,
+    rng: str,
+    uninitialized: str,
+    device: str | torch.device | None,
+    threads: int | None,
+) -> nn.Module:
+    blueprint, targets = find_targets(module)
+    job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device)
+    with one_at_a_time, restored_on_failure(), Workers(threads) as workers:
+        ranks.agree(job.says(seed) if ranks.count > 1 else {})
+        held = _filled(job, seed, ranks, workers)
+        made = [wrapped(target.tensor, local) for target, local in zip(targets, held, strict=True)]
+        ranks.finish()
+        for target, tensor in zip(targets, made, strict=True):
+            place(target, tensor)
+        renew_weak_references(module)
     return module
+
+
+def materialize_sharded(
+    build: Build,
+    decisions: Decisions,
+    seed: int | None = None,
+    rng: str = "eager",
+    uninitialized: str = "error",
+    threads: int | None = None,
+    mesh: DeviceMesh | None = None,
+    timeout: float | None = None,
+) -> nn.Module:
+    """The module that the plan says, divided on its mesh, this rank's part filled; every rank of the mesh makes the same call."""
+    sharding = decisions.sharding
+    assert sharding is not None
+    check_decisions(decisions, build.graph)
+    check_devices(build.graph, decisions)
+    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
+    device = torch.device(moves[-1] if moves else build.graph.ambient.default_device)
+    check_mesh(sharding, mesh)
+    with together("world" if mesh is None else group_of(mesh), timeout) as ranks:
+        if ranks.count > 1:  # before the mesh is made: whoever made it alone would wait for the others
+            ranks.agree(agreement(build, decisions, seed))
+        module = apply_sharding(meta_module(build, decisions), sharding, build.graph, mesh_of(sharding, device.type, mesh))
+        return _fill_together(module, ranks, seed, rng, uninitialized, "cpu" if sharding.offload else device, threads)
 
 
 @dataclass(frozen=True)

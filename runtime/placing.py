@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..tracer.errors import MaterializeError
+from .regions import local_of
 from .targets import Target
 
 
@@ -26,7 +27,9 @@ def _of_class(meta: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     if is_traceable_wrapper_subclass(meta):
         names, context = meta.__tensor_flatten__()
         kind: Any = type(meta)
-        made: torch.Tensor = kind.__tensor_unflatten__({names[0]: local}, context, meta.shape, meta.stride())
+        parts = {name: getattr(meta, name) for name in names}
+        parts |= {name: local for name, part in parts.items() if part is local_of(meta)}
+        made: torch.Tensor = kind.__tensor_unflatten__(parts, context, meta.shape, meta.stride())
         return nn.Parameter(made, meta.requires_grad) if isinstance(meta, nn.Parameter) else made
     if type(meta) is torch.Tensor:
         return local.requires_grad_(meta.requires_grad)

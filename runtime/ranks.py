@@ -13,7 +13,6 @@ the first one to notice says what happened, and every rank raises it.
 
 from __future__ import annotations
 
-import datetime
 import json
 import threading
 import time
@@ -31,6 +30,7 @@ ARRIVAL = 45.0
 
 _BEAT = 1.0  # seconds
 _SILENCE = 15.0  # seconds after which a rank whose thread writes nothing is gone
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.25  # seconds between two looks at the store, which thousands of ranks may share
 _GOODBYE = 5.0  # seconds that a failing first rank stays for the others to hear of it: it may hold the store
 _SHOWN = 8
 _calls: Counter[str] = Counter()
@@ -96,6 +96,7 @@ class _Together(Ranks):
         self._timeout = timeout
         self._start = time.monotonic()
         self._failure: str | None = None
+        self._agreements = 0
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._stop = threading.Event()
 
@@ -106,15 +107,17 @@ class _Together(Ranks):
             raise RanksError(self._failure)
 
     def agree(self, said: Mapping[str, str]) -> None:
-        self._set(f"says/{self.rank}", json.dumps(dict(said)))
+        self._agreements += 1
+        turn = self._agreements
+        self._set(f"says/{turn}/{self.rank}", json.dumps(dict(said)))
         if self.rank == 0:
-            others = {rank: json.loads(self._wait(f"says/{rank}", rank)) for rank in range(self.count)}
+            others = {rank: json.loads(self._wait(f"says/{turn}/{rank}", rank)) for rank in range(self.count)}
             difference = _difference(others, self._names)
             if difference:
                 self._publish(difference)
                 raise RanksError(difference)
-            self._set("agreed", "yes")
-        self._wait("agreed", 0)
+            self._set(f"agreed/{turn}", "yes")
+        self._wait(f"agreed/{turn}", 0)
 
     def largest(self, key: str, first: int, parts: int, find: Callable[[int], int]) -> int:
         mine = (self.rank - first) % self.count
@@ -167,22 +170,14 @@ class _Together(Ranks):
 
     def _wait(self, key: str, whose: int) -> str:
         """The value of a key that rank `whose` will write; raises where that rank, or any other, is lost."""
-        while True:
-            with _reached():
-                if self._is_there(key):
-                    return bytes(self._store.get(key)).decode()
+        pause = _FIRST_PAUSE
+        while not self._has(key):
             self.check()
             self._look_for(whose)
-
-    def _is_there(self, key: str) -> bool:
-        """Whether the key has been written, or is within half a second."""
-        try:
-            self._store.wait([key], datetime.timedelta(seconds=_BEAT / 2))
-        except RuntimeError as error:
-            if "time" not in str(error):  # a timeout, which the kinds of stores word differently
-                raise
-            return False
-        return True
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        with _reached():
+            return bytes(self._store.get(key)).decode()
 
     def _look_for(self, rank: int) -> None:
         """Raise where a rank has not come in time, or has fallen silent."""

@@ -1,0 +1,256 @@
+"""Sharding: how a module is divided between ranks, as data; torch's FSDP2 and tensor parallelism carry it out.
+
+The ranks form a mesh with named axes. What an axis is for is said by its name (`ROLES`): along a *replicate* axis every rank
+holds the same, along a *shard* axis FSDP divides each parameter, along a *tensor* axis single layers are divided by a rule that
+also divides their work. FSDP gathers and frees the parameters of one *unit* (a module) at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field, StringConstraints, field_validator
+
+from ..tracer.errors import DecisionError, nearest
+from ..tracer.graph import ParamGraph
+from .records import Record, dtype_name, dtype_named
+
+Role = Literal["replicate", "shard", "tensor"]
+ROLES: Mapping[str, Role] = {
+    "dp_replicate": "replicate",
+    "replicate": "replicate",
+    "ddp": "replicate",
+    "dp": "shard",
+    "fsdp": "shard",
+    "dp_shard": "shard",
+    "shard": "shard",
+    "tp": "tensor",
+    "tensor": "tensor",
+}
+"""What each name of an axis means; torchtitan's, and the usual short ones."""
+
+LAYERS = "layers"
+"""The units where none are named: every layer that repeats."""
+
+
+class Cut(NamedTuple):
+    """A tensor is divided along `dim`, after being taken for `split` pieces that lie one behind the other."""
+
+    dim: int
+    split: int = 1
+
+
+_Pattern = Annotated[str, StringConstraints(min_length=1)]
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class Axis(Record):
+    """An axis of the mesh: its name and the number of ranks along it."""
+
+    name: str
+    size: _Size
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in ROLES:
+            raise DecisionError(f"no axis is called {name!r} (known: {', '.join(ROLES)}){nearest(name, ROLES)}")
+        return name
+
+    @property
+    def role(self) -> Role:
+        """What the axis is for."""
+        return ROLES[self.name]
+
+
+class TensorRule(Record):
+    """Modules (or parameters) whose names match `pattern` are divided along the tensor axis in the way that `style` says."""
+
+    pattern: _Pattern
+    style: _Pattern
+
+
+class Sharding(Record):
+    """Everything that is decided about how a module is divided.
+
+    `units` are patterns of the names of modules that FSDP gathers one at a time; the module as a whole is one besides. `reshard`
+    is FSDP2's `reshard_after_forward`. Parameters are gathered in `compute_dtype` and gradients reduced in `reduce_dtype` (None:
+    as they are); with `offload` shards stay in host memory. `engine` says whose tensor parallelism the rules are for.
+    """
+
+    axes: Annotated[tuple[Axis, ...], Field(min_length=1)]
+    units: tuple[_Pattern, ...] = ()
+    tensor: tuple[TensorRule, ...] = ()
+    engine: Literal["torch", "transformers"] = "torch"
+    reshard: bool | int = True
+    compute_dtype: str | None = None
+    reduce_dtype: str | None = None
+    offload: bool = False
+
+    @field_validator("compute_dtype", "reduce_dtype")
+    @classmethod
+    def _is_a_dtype(cls, name: str | None) -> str | None:
+        if name is not None:
+            dtype_named(name)
+        return name
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the mesh has."""
+        count = 1
+        for axis in self.axes:
+            count *= axis.size
+        return count
+
+    def axis(self, role: Role) -> Axis | None:
+        """The axis of a role."""
+        return next((axis for axis in self.axes if axis.role == role), None)
+
+    def size(self, role: Role) -> int:
+        """The ranks along the axis of a role; 1 where there is none."""
+        axis = self.axis(role)
+        return 1 if axis is None else axis.size
+
+    def describe(self) -> str:
+        """The mesh in words: `dp=8 x tp=2`."""
+        return " x ".join(f"{axis.name}={axis.size}" for axis in self.axes)
+
+    def unit_names(self, graph: ParamGraph) -> list[str]:
+        """The modules that are units, inner ones first; the module as a whole, which is one too, is not named."""
+        names = [module.name for module in graph.modules if any(matches(pattern, module.name) for pattern in self.units)]
+        return sorted(names, key=lambda name: -name.count("."))
+
+    def cuts(self, graph: ParamGraph) -> dict[str, Cut]:
+        """How the tensor axis divides each parameter that it divides, by the parameter's name, every one of a tied one's."""
+        found: dict[str, Cut] = {}
+        for name, style in self.styles(graph).items():
+            node = graph.by_name.get(name)
+            cut = None if node is None else cut_of(style, name, len(node.shape))
+            if cut is not None:
+                found[name] = cut
+        return found
+
+    def styles(self, graph: ParamGraph) -> dict[str, str]:
+        """The style of every parameter and module that a rule matches: a module's parameters come before it, with its style."""
+        found: dict[str, str] = {}
+        own = parameters_by_module(graph)
+        for module in graph.modules:
+            style = self._style_of(module.name)
+            for name in own.get(module.name, ()):
+                if (each := self._style_of(name) or style) is not None:
+                    found[name] = each
+            if style is not None:
+                found[module.name] = style
+        return found
+
+    def _style_of(self, name: str) -> str | None:
+        return next((rule.style for rule in self.tensor if matches(rule.pattern, name)), None)
+
+
+def sharding(
+    axes: Mapping[str, int],
+    graph: ParamGraph,
+    units: str | Sequence[str] = LAYERS,
+    tensor: Mapping[str, str] | None = None,
+    engine: Literal["torch", "transformers"] = "torch",
+    reshard: bool | int = True,
+    compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> Sharding:
+    """The record of what the user asks for; raises `DecisionError` where it cannot be, or does not fit `graph`."""
+    from .check_sharding import check_axes, check_sharding
+
+    check_axes(axes)
+    found = tuple(Axis(name=name, size=size) for name, size in axes.items())
+    shards = any(axis.role == "shard" for axis in found)
+    wanted = ([units] if isinstance(units, str) else list(units)) if shards or units != LAYERS else []
+    if wanted == [LAYERS]:
+        wanted = repeated_layers(graph)
+    made = Sharding(
+        axes=found,
+        units=tuple(wanted),
+        tensor=tuple(TensorRule(pattern=pattern, style=style) for pattern, style in (tensor or {}).items()),
+        engine=engine,
+        reshard=reshard,
+        compute_dtype=None if compute_dtype is None else dtype_name(compute_dtype),
+        reduce_dtype=None if reduce_dtype is None else dtype_name(reduce_dtype),
+        offload=offload,
+    )
+    check_sharding(made, graph)
+    return made
+
+
+# -- names --------------------------------------------------------------------------------------------------------------
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a name, component by component: `layers.*` is every layer, and nothing inside one.
+
+    >>> matches("layers.*.mlp", "layers.3.mlp"), matches("layers.*", "layers.3.mlp")
+    (True, False)
+    """
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def parameters_by_module(graph: ParamGraph) -> dict[str, list[str]]:
+    """The names of every module's own parameters, by the first of its names: a tied parameter is there once for each."""
+    modules = {name: module.name for module in graph.modules for name in module.names}
+    found: dict[str, dict[str, None]] = {}
+    for tensor in graph.parameters:
+        for name in tensor.names:
+            owner, _, key = name.rpartition(".")
+            if owner in modules:  # else an attribute's name: `cells[0]`
+                first = modules[owner]
+                found.setdefault(first, {})[f"{first}.{key}" if first else key] = None
+    return {module: list(names) for module, names in found.items()}
+
+
+def repeated_layers(graph: ParamGraph) -> list[str]:
+    """A pattern for every list of layers: modules of one class, numbered from 0, that hold parameters; inner lists left out."""
+    lists: dict[str, dict[str, list[int]]] = {}
+    holding = {owner for name in parameters_by_module(graph) for owner in _owners(name)}
+    for module in graph.modules:
+        parent, _, number = module.name.rpartition(".")
+        if number.isdecimal() and module.name in holding:
+            lists.setdefault(parent, {}).setdefault(module.type, []).append(int(number))
+    repeated = [parent for parent, classes in lists.items() if max(map(len, classes.values())) >= 2]
+    if "" in repeated:
+        return ["*"]
+    return [f"{parent}.*" for parent in repeated if not any(parent.startswith(f"{other}.") for other in repeated)]
+
+
+def _owners(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
+
+
+# -- styles of tensor parallelism ---------------------------------------------------------------------------------------
+
+TORCH_STYLES = ("colwise", "colwise_gather_output", "embedding_colwise", "rowwise", "rowwise_split_input", "embedding_rowwise")
+"""The styles that torch's `parallelize_module` carries out, under the names that transformers gives them."""
+
+
+def cut_of(style: str, name: str, dims: int) -> Cut | None:
+    """How a style divides the parameter called `name`; None where every rank holds all of it.
+
+    As transformers/distributed/tensor_parallel.py and torch/distributed/tensor/parallel/style.py have it.
+    """
+    bias = dims == 1
+    if style in ("colwise", "colwise_gather_output", "colwise_rep"):
+        return Cut(0 if bias else dims - 2)
+    if style in ("rowwise", "rowwise_split_input", "rowwise_rep"):
+        return None if bias else Cut(dims - 1)
+    if style == "embedding_rowwise":
+        return Cut(0)
+    if style == "embedding_colwise":
+        return Cut(dims - 1)
+    if style == "packed_colwise":
+        return Cut(0) if bias else Cut(dims - 2, 2)
+    if style == "packed_rowwise":
+        return None if bias else Cut(dims - 1, 2)
+    return None
