@@ -6,9 +6,9 @@ running sum, and the tensors that make the peak are those resident at that momen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,13 +16,13 @@ from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
 from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
+from .rank_memory import HOST, Change, rank_timelines
 from .workload import Training
 
 WAITING_BYTES = 2**20
 """A storage of at least this many bytes that a step converts stays empty until the conversion reads it."""
 
 _SHOWN_TENSORS = 10
-HOST = "cpu"
 
 
 class RankError(GroundplanError, IndexError):
@@ -56,12 +56,15 @@ class Memory:
     * `optimizer`: inside `optimizer.step()`;
     * `checkpoint`: saving.
 
-    The three in the middle are there with a `Training` workload only.
+    The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
+    the worst one, rank 0; `rank(i)` gives that of any.
     """
 
     by_device: Mapping[str, Mapping[str, int]]
     binding: Binding
     notes: tuple[str, ...]
+    ranks: int = 1
+    of_rank: Callable[[int], Memory] | None = field(default=None, repr=False, compare=False)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -74,10 +77,11 @@ class Memory:
         return self.binding.bytes
 
     def rank(self, index: int) -> Memory:
-        """The memory of one rank; raises `RankError` for any but rank 0, as the plan is not sharded."""
-        if index != 0 or isinstance(index, bool):
-            raise RankError(f"the plan is for one process, so there is no rank {index!r}; ask for rank 0")
-        return self
+        """The memory of one rank; raises `RankError` for one that the plan does not have."""
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self.ranks:
+            has = "is for one process" if self.ranks == 1 else f"has ranks 0 to {self.ranks - 1}"
+            raise RankError(f"the plan {has}, so there is no rank {index!r}; ask for rank 0")
+        return self if self.of_rank is None else self.of_rank(index)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data; all sizes in bytes."""
@@ -132,6 +136,8 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
+    if decisions.sharding is not None:
+        return _of_rank(graph, decisions, workload, 0)
     walk = _Walk(graph)
     for step in decisions.steps:
         walk.take(step)
@@ -141,12 +147,18 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
 
 
-class Change(NamedTuple):
-    """Bytes allocated on a device (released, if negative) for the sake of a tensor."""
-
-    device: str
-    tensor: str
-    nbytes: int
+def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
+    """The same for one rank of a sharded plan."""
+    assert decisions.sharding is not None
+    timelines = rank_timelines(graph, decisions, workload, rank)
+    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
+    return Memory(
+        by_device,
+        _binding(by_device, timelines),
+        tuple(_rank_notes(decisions, workload)),
+        decisions.sharding.ranks,
+        lambda index: _of_rank(graph, decisions, workload, index),
+    )
 
 
 def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: _Walk) -> dict[str, list[Change]]:
@@ -410,3 +422,18 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
         yield "training: activations and temporary workspaces are not included yet"
         yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
+
+
+def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
+    """The same for one rank of a sharded plan."""
+    sharding = decisions.sharding
+    assert sharding is not None
+    yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
+    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
+    yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
+    yield "load reads a checkpoint of the final dtypes one part at a time, each by way of host memory"
+    if workload is not None:
+        yield "training: activations, gathered units and communication buffers are not included yet"
+        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
+        if sharding.axis("shard") is None and sharding.axis("replicate") is not None:
+            yield "training: DDP's buckets hold every gradient once more"

@@ -21,6 +21,7 @@ import torch
 
 from ..tracer.arguments import without_generator
 from ..tracer.draws import is_trunc_normal
+from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph
 from ..tracer.liveness import slice_indices
 from ..tracer.places import Place, state_from
@@ -34,7 +35,7 @@ from .parts import PartialReplay
 from .pens import Pen
 from .sources import Generator, Pending
 from .truncated import Truncated
-from .windows import by_element, memory_order
+from .windows import memory_order
 from .workers import Workers
 
 BLOCK = 1 << 18

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..tracer.elements import CONSTANTS, FILLED, by_element
 from ..tracer.errors import MaterializeError
 from ..tracer.graph import Op, StreamPosition, View
 from ..tracer.places import Place
@@ -18,7 +19,7 @@ from .fill import Fill
 from .filler import Threaded
 from .pages import prefer_huge_pages
 from .truncated import Settler, Truncated
-from .windows import CONSTANTS, FILLED, Window, Windows, broadcast, by_element, memory_order
+from .windows import Window, Windows, broadcast, draws_by_element, memory_order
 
 Deliver = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -71,7 +72,7 @@ class PartialReplay(Replay):
         return self._deliveries.pieces(), states
 
     def _is_by_element(self, op: Op) -> bool:
-        return by_element(op)
+        return by_element(op, draws_by_element)
 
     # -- storages -------------------------------------------------------------------------------------------------------
 

@@ -326,9 +326,18 @@ class ParamGraph:
 
     def recipe(self, name: str) -> tuple[Op, ...]:
         """The slice of the tape that the values of the tensor called `name` depend on, in constructor order."""
-        from .liveness import slice_for
+        from .liveness import slice_indices
 
-        return slice_for(self.ops, self.storages, [self.tensor(name).view.storage])
+        indices = slice_indices(self.ops, self._sizes, self._writer_indices, [self.tensor(name).view.storage])
+        return tuple(self.ops[index] for index in indices)
+
+    @cached_property
+    def _sizes(self) -> Mapping[int, int]:
+        return {storage.index: storage.nbytes for storage in self.storages}
+
+    @cached_property
+    def _writer_indices(self) -> Mapping[int, list[int]]:
+        return {storage: [op.index for op in ops] for storage, ops in self.writers.items()}
 
     @cached_property
     def uninitialized(self) -> tuple[TensorNode, ...]:

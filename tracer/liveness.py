@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from .digraph import covers
-from .graph import Op, Storage, View
+from .graph import View
 from .schema import FILLS, aten
 
 
@@ -31,16 +31,6 @@ class Recorded(Protocol):
     def overwrites(self) -> bool: ...
     @property
     def targets(self) -> tuple[View, ...]: ...
-
-
-def slice_for(ops: Sequence[Op], storages: Sequence[Storage], wanted: Iterable[int]) -> tuple[Op, ...]:
-    """The ops, in order, that the final values of the storages `wanted` depend on."""
-    sizes = {storage.index: storage.nbytes for storage in storages}
-    writers: dict[int, list[int]] = {}
-    for op in ops:
-        for view in op.targets:
-            writers.setdefault(view.storage, []).append(op.index)
-    return tuple(ops[index] for index in slice_indices(ops, sizes, writers, wanted))
 
 
 def slice_indices(

@@ -1,0 +1,173 @@
+"""The bytes that one rank of a sharded plan takes, in closed form: its part of every tensor, and what comes with it.
+
+A rank holds `ceil(n / D)` of the `n` rows of a parameter that FSDP shards between `D` ranks (the last ranks fewer, or none),
+after the tensor axis has divided it. FSDP2 pads what it holds to the first rank's size when it first runs; gradients have that
+size too (torch/distributed/fsdp/_fully_shard/_fsdp_param.py), the optimizer's state is that of the part alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..tracer.draws import is_random_fill, is_trunc_normal
+from ..tracer.elements import by_element
+from ..tracer.graph import Op, ParamGraph, TensorNode
+from .decisions import Decisions, Move, cast_dtype, final_dtype
+from .sharding import Cut, Sharding
+from .workload import Training
+
+HOST = "cpu"
+
+
+class Change(NamedTuple):
+    """Bytes allocated on a device (released, if negative) for the sake of a tensor."""
+
+    device: str
+    tensor: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made."""
+
+    tensor: TensorNode
+    device: str
+    numel: int
+    padded: int
+    working: int
+    itemsize: int
+    trains: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+def coordinate_of(sharding: Sharding, rank: int) -> dict[str, int]:
+    """Where a rank stands on each axis, by its role: the last axis goes fastest."""
+    found: dict[str, int] = {}
+    for axis in reversed(sharding.axes):
+        rank, found[axis.role] = divmod(rank, axis.size)
+    return found
+
+
+def local_shape(
+    shape: Sequence[int], cut: Cut | None, sharded: bool, sharding: Sharding, place: dict[str, int]
+) -> tuple[int, ...]:
+    """The shape of what the rank at `place` holds of a tensor."""
+    local = list(shape)
+    if cut is not None:
+        pieces = _chunks(local[cut.dim], cut.split)
+        size = sharding.size("tensor")
+        local[cut.dim] = sum(_chunk(piece, size, place["tensor"]) for piece in pieces)
+    if sharded and local:
+        local[0] = _chunk(local[0], sharding.size("shard"), place["shard"])
+    return tuple(local)
+
+
+def _chunk(total: int, parts: int, part: int) -> int:
+    """The size of a part, as `torch.chunk` divides."""
+    step = -(-total // parts)
+    return max(0, min(step, total - part * step))
+
+
+def _chunks(total: int, parts: int) -> list[int]:
+    return [_chunk(total, parts, part) for part in range(parts)]
+
+
+def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> dict[str, list[Change]]:
+    """What one rank allocates and releases in every phase."""
+    held = list(_held(graph, decisions, rank))
+    constructed, weights = [], []
+    for each in held:
+        constructed += [_change(each, each.working), _change(each, each.nbytes), _change(each, -each.working)]
+        weights.append(_change(each, each.nbytes))
+    found = {"construct": constructed, "load": [*weights, *_largest(weights)]}
+    state: list[Change] = []
+    if workload is not None:
+        padded = [_change(each, each.padded * each.itemsize) for each in held]
+        trained = [each for each in held if each.trains]
+        gradients = [_change(each, each.padded * each.itemsize) for each in trained]
+        buckets = gradients if _is_ddp(decisions) else []
+        state = [_change(each, each.nbytes * workload.state_copies) for each in trained]
+        state += [Change(HOST, each.tensor.name, workload.step_bytes) for each in trained if workload.step_bytes]
+        sizes = [(each.device, each.nbytes) for each in trained]
+        temporaries = [_change(trained[position], nbytes) for position, nbytes in workload.temporaries(sizes)]
+        found["first_step"] = [*padded, *buckets, *gradients]
+        found["step"] = [*padded, *buckets, *state, *gradients]
+        found["optimizer"] = [*found["step"], *temporaries]
+    saved = [*weights, *state]
+    found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
+    return found
+
+
+def _is_ddp(decisions: Decisions) -> bool:
+    """Whether gradients are reduced in buckets, which hold every one of them once more."""
+    sharding = decisions.sharding
+    return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None
+
+
+def _change(held: Held, nbytes: int) -> Change:
+    return Change(held.device, held.tensor.name, nbytes)
+
+
+def _largest(changes: Sequence[Change]) -> list[Change]:
+    """A copy in host memory of the largest one."""
+    largest = max(changes, key=lambda change: change.nbytes, default=None)
+    return [] if largest is None else [largest._replace(device=HOST)]
+
+
+def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
+    """What a rank holds of every tensor, in the order in which they are made: whole ones first."""
+    sharding = decisions.sharding
+    assert sharding is not None
+    place, cuts = coordinate_of(sharding, rank), sharding.cuts(graph)
+    first, fsdp = dict.fromkeys(place, 0), sharding.axis("shard") is not None
+    tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
+    for tensor in sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph))):
+        cut = next((cuts[name] for name in tensor.names if name in cuts), None)
+        sharded = fsdp and tensor.kind == "parameter"
+        numel = math.prod(local_shape(tensor.shape, cut, sharded, sharding, place))
+        yield Held(
+            tensor,
+            _device(tensor, graph, decisions),
+            numel,
+            padded=math.prod(local_shape(tensor.shape, cut, sharded, sharding, first)) if sharded else numel,
+            working=_working(tensor, graph, decisions, numel),
+            itemsize=final_dtype(tensor, decisions).itemsize,
+            trains=tensor.kind == "parameter" and tensor.requires_grad,
+        )
+
+
+def _device(tensor: TensorNode, graph: ParamGraph, decisions: Decisions) -> str:
+    """Where `materialize` puts it: in host memory, where the plan says, or where the constructor's default is."""
+    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
+    offload = decisions.sharding is not None and decisions.sharding.offload
+    device = HOST if offload else moves[-1] if moves else graph.ambient.default_device
+    return "cuda:0" if device == "cuda" else device
+
+
+def _is_meta(tensor: TensorNode, graph: ParamGraph) -> bool:
+    return graph.storages[tensor.view.storage].device == "meta"
+
+
+def _finished(tensor: TensorNode, graph: ParamGraph) -> int:
+    writers = graph.writers.get(tensor.view.storage, ())
+    return writers[-1].index if writers else -1
+
+
+def _working(tensor: TensorNode, graph: ParamGraph, decisions: Decisions, numel: int) -> int:
+    """Bytes that are there only while a tensor is made: the whole of what is not made by element, a part that is converted."""
+    recipe = graph.recipe(tensor.name)
+    if not all(_is_by_element(op) for op in recipe):
+        return sum(graph.storages[storage].nbytes for storage in {view.storage for op in recipe for view in op.targets})
+    casts = [cast_dtype(tensor, cast) for cast in decisions.casts]
+    return numel * tensor.dtype.itemsize if any(dtype != tensor.dtype for dtype in casts) else 0
+
+
+def _is_by_element(op: Op) -> bool:
+    return by_element(op, lambda drawing: is_random_fill(drawing.func) or is_trunc_normal(drawing.func) or not drawing.reads)
