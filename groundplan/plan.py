@@ -17,6 +17,7 @@ from .explain import Explanation, explain
 from .planner.check import check_decisions
 from .planner.decisions import Decisions, default_decisions
 from .planner.memory import Memory, memory
+from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.sharding import LAYERS, sharding
 from .planner.workload import Training
@@ -193,6 +194,20 @@ class Plan:
         made = sharding(axes, self.graph, units, rules, engine, reshard, compute_dtype, reduce_dtype, offload)
         return replace(self, _decided=self.decisions.shard(made))
 
+    def place(self, devices: Mapping[str, str | torch.device]) -> Plan:
+        """Put each tensor on the device of the first pattern that matches: several devices, or the disk, in one process.
+
+        `{"layers.0-15": "cuda:0", "layers.*": "cpu", "*": "disk"}`: a pattern names tensors or what holds them, `*` as in
+        `fnmatch`, `0-15` numbers. `materialize` fills every tensor where it goes and has accelerate's `dispatch_model` prepare
+        the module for inference; what is on disk is written to `materialize(offload_dir=...)` tensor by tensor.
+
+        Raises `DecisionError` for a pattern that matches nothing, a tensor that none matches, and where the names of a tied
+        tensor lead to two devices.
+
+        >>> plan = trace(torch.nn.Linear, 3, 4).place({"bias": "cpu", "*": "cpu"})
+        """
+        return replace(self, _decided=self.decisions.place(placing(devices, self.graph)))
+
     def _own_rules(self, tensor: str) -> Mapping[str, str]:
         """The tensor parallel plan that a transformers model brings along."""
         if tensor != "auto":
@@ -261,6 +276,7 @@ class Plan:
         progress: bool | ProgressCallback = True,
         mesh: DeviceMesh | None = None,
         timeout: float | None = None,
+        offload_dir: str | os.PathLike[str] | None = None,
     ) -> Any:
         """Build the module, with the values that the eager constructor gives, bit for bit; any number of times.
 
@@ -274,6 +290,7 @@ class Plan:
 
         A plan that shards is built by all ranks together: each makes the same call, and fills its own part only. They form the
         plan's mesh, or are that of `mesh`, whose axes have the plan's names and sizes; `timeout` is as in `gp.materialize`.
+        `offload_dir` is a new folder for what a plan places on disk.
 
         >>> model = trace(torch.nn.Linear, 3, 4).materialize(seed=0)
         >>> _ = torch.manual_seed(0)
@@ -286,6 +303,10 @@ class Plan:
             return materialize_sharded(self._bound, self.decisions, seed, rng, uninitialized, threads, mesh, timeout)
         if mesh is not None:
             raise MaterializeError("mesh= is given, and the plan does not shard; say plan.shard({axis: size, ...}) first")
+        if self.decisions.placing is not None:
+            from .runtime.dispatch import materialize_placed
+
+            return materialize_placed(self._bound, self.decisions, seed, rng, uninitialized, threads, offload_dir)
         with _shown(progress, self.memory().phases["construct"]) as callback:
             return materialize_plan(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)
 

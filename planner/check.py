@@ -6,6 +6,7 @@ from ..tracer.errors import DecisionError, PlanFileError
 from ..tracer.graph import ParamGraph
 from .check_sharding import check_sharding
 from .decisions import AmbientSettings, Cast, Decisions, Move, check_cast
+from .placing import check_placing
 
 
 def check_decisions(decisions: Decisions, graph: ParamGraph) -> None:
@@ -24,6 +25,8 @@ def check_decisions(decisions: Decisions, graph: ParamGraph) -> None:
             _check_move(step, graph)
     if decisions.sharding is not None:
         check_sharding(decisions.sharding, graph)
+    if decisions.placing is not None:
+        check_placing(decisions.placing, graph)
 
 
 def _check_settings(decisions: Decisions, graph: ParamGraph) -> None:

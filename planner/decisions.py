@@ -11,7 +11,6 @@ What the user asked for is a list of steps in the order of the calls:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -23,14 +22,12 @@ from pydantic import Field, StringConstraints, field_validator
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import Ambient, ParamGraph, Storage, TensorNode
-from .records import DTYPES, Record, dtype_name, dtype_named
+from .placing import Placing
+from .records import DTYPES, Record, device_name, dtype_name, dtype_named
 from .sharding import Sharding
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,128}$")]
-
-_DEVICE = re.compile(r"(cpu|cuda)(?::(0|[1-9][0-9]{0,2}))?")
-_HIGHEST_INDEX = 127  # torch keeps a device index in eight signed bits and wraps larger ones around without a word
 
 
 # -- dtypes and devices -------------------------------------------------------------------------------------------------
@@ -46,18 +43,6 @@ def cast_target(dtype: object) -> torch.dtype:
     if dtype == DTYPES.get("float4_e2m1fn_x2"):
         raise DecisionError(f"cannot cast to {dtype}: torch has no conversion to it; take torch.float8_e4m3fn or a wider dtype")
     return dtype
-
-
-def device_name(device: object) -> str:
-    """The name a device is saved under; raises `DecisionError` for anything but CPU and CUDA.
-
-    >>> device_name(torch.device("cuda", 1)), device_name("cpu:0")
-    ('cuda:1', 'cpu')
-    """
-    match = _DEVICE.fullmatch(str(device)) if isinstance(device, str | torch.device) else None
-    if match is None or int(match[2] or 0) > _HIGHEST_INDEX:
-        raise DecisionError(f"cannot place tensors on {device!r}: CPU and CUDA are supported; say 'cpu', 'cuda' or 'cuda:1'")
-    return "cpu" if match[1] == "cpu" else match[0]
 
 
 # -- the saved records --------------------------------------------------------------------------------------------------
@@ -157,7 +142,7 @@ class Decisions(Record):
 
     `fingerprint` is the graph's. `bound_state` is a digest of the generator state that the tape holds for, where the constructor
     looked at random values; else None. `constructor` is for display only and never imported. `sharding` is None where one process
-    builds it all.
+    builds it all, `placing` where that puts it on one device.
     """
 
     constructor: str
@@ -169,6 +154,7 @@ class Decisions(Record):
     bound_state: HexDigest | None
     steps: tuple[Step, ...]
     sharding: Sharding | None = None
+    placing: Placing | None = None
 
     @property
     def casts(self) -> tuple[Cast, ...]:
@@ -190,11 +176,23 @@ class Decisions(Record):
 
     def to(self, device: str | torch.device) -> Decisions:
         """These decisions, followed by `module.to(device)`; raises `DecisionError` for anything but CPU and CUDA."""
+        if self.placing is not None:
+            raise DecisionError(f"the plan places each tensor by itself; leave out .to({device!r}), or .place(...)")
         return self._followed_by(Move(device=device_name(device)))
 
     def shard(self, sharding: Sharding) -> Decisions:
-        """These decisions, with the module divided as `sharding` says."""
+        """These decisions, with the module divided as `sharding` says; raises `DecisionError` beside `place`."""
+        if self.placing is not None:
+            raise DecisionError("the plan places tensors on several devices of one process; it cannot be sharded as well")
         return self.model_copy(update={"sharding": sharding})
+
+    def place(self, placing: Placing) -> Decisions:
+        """These decisions, with each tensor on the device that `placing` says; raises `DecisionError` beside `to` and `shard`."""
+        if self.sharding is not None:
+            raise DecisionError("the plan shards the module between ranks, each of which has one device; leave out .place(...)")
+        if any(isinstance(step, Move) for step in self.steps):
+            raise DecisionError("the plan moves the module to one device; leave out .to(...), or .place(...)")
+        return self.model_copy(update={"placing": placing})
 
     def _followed_by(self, step: Cast | Move) -> Decisions:
         return self.model_copy(update={"steps": (*self.steps, step)})

@@ -136,7 +136,7 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
-    if decisions.sharding is not None:
+    if decisions.sharding is not None or decisions.placing is not None:
         return _of_rank(graph, decisions, workload, 0)
     walk = _Walk(graph)
     for step in decisions.steps:
@@ -148,15 +148,14 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
 
 
 def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
-    """The same for one rank of a sharded plan."""
-    assert decisions.sharding is not None
+    """The same for one rank of a sharded plan, or the one process of a plan that places tensors."""
     timelines = rank_timelines(graph, decisions, workload, rank)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     return Memory(
         by_device,
         _binding(by_device, timelines),
         tuple(_rank_notes(decisions, workload)),
-        decisions.sharding.ranks,
+        1 if decisions.sharding is None else decisions.sharding.ranks,
         lambda index: _of_rank(graph, decisions, workload, index),
     )
 
@@ -425,15 +424,15 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
 
 
 def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
-    """The same for one rank of a sharded plan."""
+    """The same for one rank of a sharded plan, or the one process of a plan that places tensors."""
     sharding = decisions.sharding
-    assert sharding is not None
-    yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
+    if sharding is not None:
+        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
     yield "load reads a checkpoint of the final dtypes one part at a time, each by way of host memory"
     if workload is not None:
         yield "training: activations, gathered units and communication buffers are not included yet"
         yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
-        if sharding.axis("shard") is None and sharding.axis("replicate") is not None:
+        if sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None:
             yield "training: DDP's buckets hold every gradient once more"

@@ -1,4 +1,4 @@
-"""The bytes that one rank of a sharded plan takes, in closed form: its part of every tensor, and what comes with it.
+"""The bytes that one rank takes where a module is filled in place, in closed form: its part of every tensor.
 
 A rank holds `ceil(n / D)` of the `n` rows of a parameter that FSDP shards between `D` ranks (the last ranks fewer, or none),
 after the tensor axis has divided it. FSDP2 pads what it holds to the first rank's size when it first runs; gradients have that
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
 from .decisions import Decisions, Move, cast_dtype, final_dtype
-from .sharding import Cut, Sharding
+from .placing import DISK
+from .sharding import Axis, Cut, Sharding
 from .workload import Training
 
 HOST = "cpu"
@@ -123,8 +124,7 @@ def _largest(changes: Sequence[Change]) -> list[Change]:
 
 def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     """What a rank holds of every tensor, in the order in which they are made: whole ones first."""
-    sharding = decisions.sharding
-    assert sharding is not None
+    sharding = decisions.sharding or Sharding(axes=(Axis(name="dp_replicate", size=1),))
     place, cuts = coordinate_of(sharding, rank), sharding.cuts(graph)
     first, fsdp = dict.fromkeys(place, 0), sharding.axis("shard") is not None
     tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
@@ -132,7 +132,7 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
         cut = next((cuts[name] for name in tensor.names if name in cuts), None)
         sharded = fsdp and tensor.kind == "parameter"
         numel = math.prod(local_shape(tensor.shape, cut, sharded, sharding, place))
-        yield Held(
+        held = Held(
             tensor,
             _device(tensor, graph, decisions),
             numel,
@@ -141,10 +141,20 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
         )
+        yield held if held.device != DISK else _on_disk(held)
+
+
+def _on_disk(held: Held) -> Held:
+    """A tensor that is written to disk as soon as it is made: in memory it is there only meanwhile."""
+    return replace(held, device=HOST, numel=0, padded=0, working=held.working + held.nbytes, trains=False)
 
 
 def _device(tensor: TensorNode, graph: ParamGraph, decisions: Decisions) -> str:
-    """Where `materialize` puts it: in host memory, where the plan says, or where the constructor's default is."""
+    """Where `materialize` puts it: where the plan says, in host memory, or where the constructor's default is."""
+    if decisions.placing is not None:
+        placed = decisions.placing.device_for(tensor) or HOST
+        placed = decisions.placing.main if placed == DISK and tensor.kind != "parameter" else placed
+        return "cuda:0" if placed == "cuda" else placed
     moves = [step.device for step in decisions.steps if isinstance(step, Move)]
     offload = decisions.sharding is not None and decisions.sharding.offload
     device = HOST if offload else moves[-1] if moves else graph.ambient.default_device

@@ -10,6 +10,7 @@ The steps of `materialize_module`:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..planner.check import check_decisions
-from ..planner.decisions import Decisions, Move, device_name, final_device
+from ..planner.decisions import Decisions, Move, final_device
+from ..planner.records import device_name
 from ..tracer.ambient import host_random_from, one_at_a_time
 from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph, TensorNode
@@ -57,18 +59,31 @@ def materialize_module(
     do not agree or one of them fails; the module and the generators are then as they were.
     """
     with together(group, timeout) as ranks:
-        return _fill_together(module, ranks, seed, rng, uninitialized, device, threads)
+        return fill_module(module, ranks, seed, rng, uninitialized, device, threads)
 
 
-def _fill_together(
+class Whereto:
+    """Where each tensor goes, where they do not all go to one device."""
+
+    def device(self, target: Target) -> torch.device:
+        """The device of a tensor; the meta device for one whose value is only handed over."""
+        raise NotImplementedError
+
+    def leave(self, target: Target, value: torch.Tensor) -> None:
+        """Take the value of a tensor that stays on the meta device."""
+        raise NotImplementedError
+
+
+def fill_module(
     module: nn.Module,
     ranks: Ranks,
     seed: int | None,
     rng: str,
     uninitialized: str,
-    device: str | torch.device | None,
+    device: str | torch.device | Whereto | None,
     threads: int | None,
 ) -> nn.Module:
+    """The same, for ranks that know of each other."""
     blueprint, targets = find_targets(module)
     job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device)
     with one_at_a_time, restored_on_failure(), Workers(threads) as workers:
@@ -104,7 +119,7 @@ def materialize_sharded(
         if ranks.count > 1:  # before the mesh is made: whoever made it alone would wait for the others
             ranks.agree(agreement(build, decisions, seed))
         module = apply_sharding(meta_module(build, decisions), sharding, build.graph, mesh_of(sharding, device.type, mesh))
-        return _fill_together(module, ranks, seed, rng, uninitialized, "cpu" if sharding.offload else device, threads)
+        return fill_module(module, ranks, seed, rng, uninitialized, "cpu" if sharding.offload else device, threads)
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,7 @@ class _Job:
     targets: Sequence[Target]
     regions: Sequence[list[Indices] | None]
     devices: Sequence[torch.device]
+    whereto: Whereto | None
     rng: str
     uninitialized: str
 
@@ -127,7 +143,7 @@ class _Job:
         targets: Sequence[Target],
         rng: str,
         uninitialized: str,
-        device: str | torch.device | None,
+        device: str | torch.device | Whereto | None,
     ) -> _Job:
         """Everything is checked that can be before the other ranks are asked."""
         check_rng(rng, build.graph)
@@ -137,7 +153,8 @@ class _Job:
             check_hooks(target)
         for each in dict.fromkeys(devices):
             check_device(each)
-        return cls(build, decisions, targets, [target.region() for target in targets], devices, rng, uninitialized)
+        whereto = device if isinstance(device, Whereto) else None
+        return cls(build, decisions, targets, _regions(targets), devices, whereto, rng, uninitialized)
 
     def says(self, seed: int | None) -> dict[str, str]:
         """What the ranks have to agree on."""
@@ -177,7 +194,7 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
 def _replayed(
     job: _Job, nodes: Sequence[TensorNode], replay: PartialReplay, ends: Sequence[Any]
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """The ordinary tensors first, which may share memory; then the parts of the others."""
+    """The tensors that share memory first; then the others, or what is held here of them."""
     found: dict[int, torch.Tensor] = {}
     ordinary = [number for number, region in enumerate(job.regions) if region is None]
     for number, whole in zip(ordinary, replay.run_whole([nodes[number].view for number in ordinary]), strict=True):
@@ -195,7 +212,10 @@ def _replayed(
 
 
 def _moved(piece: torch.Tensor, job: _Job, number: int) -> torch.Tensor:
-    return piece.to(device=job.devices[number], dtype=job.targets[number].tensor.dtype)
+    target, device = job.targets[number], job.devices[number]
+    if device.type == "meta" and job.whereto is not None and not piece.is_meta:
+        job.whereto.leave(target, piece.to(target.tensor.dtype))
+    return piece.to(device=device, dtype=target.tensor.dtype)
 
 
 def _settled(tensor: torch.Tensor, job: _Job, number: int) -> torch.Tensor:
@@ -204,7 +224,7 @@ def _settled(tensor: torch.Tensor, job: _Job, number: int) -> torch.Tensor:
     moved = _moved(tensor, job, number).detach()
     if moved.shape != like.shape:
         moved = moved.view(like.shape)  # a rank outside the mesh, or without elements
-    if moved.stride() == like.stride() or not moved.numel():
+    if moved.stride() == like.stride() or not moved.numel() or moved.is_meta:
         return moved
     return torch.empty_strided(like.shape, like.stride(), dtype=moved.dtype, device=moved.device).copy_(moved)
 
@@ -213,9 +233,11 @@ def _settled(tensor: torch.Tensor, job: _Job, number: int) -> torch.Tensor:
 
 
 def _devices(
-    targets: Sequence[Target], decisions: Decisions, graph: ParamGraph, device: str | torch.device | None
+    targets: Sequence[Target], decisions: Decisions, graph: ParamGraph, device: str | torch.device | Whereto | None
 ) -> list[torch.device]:
     """The user's device, else the plan's, else the mesh's; else the one that the constructor asked for."""
+    if isinstance(device, Whereto):
+        return [device.device(target) for target in targets]
     storages = {storage.index: storage for storage in graph.storages}
     meshes = [target.spec.mesh.device_type for target in targets if target.spec is not None]
     if device is None and meshes and not any(isinstance(step, Move) for step in decisions.steps):
@@ -223,6 +245,19 @@ def _devices(
     if device is not None:
         return [torch.device(device_name(device))] * len(targets)
     return [torch.device(final_device(target.node, storages[target.node.view.storage], decisions)) for target in targets]
+
+
+def _regions(targets: Sequence[Target]) -> list[list[Indices] | None]:
+    """What this rank holds of each target; None for an ordinary tensor that shares memory with another, which is made with it."""
+    sharing = Counter(target.node.view.storage for target in targets if target.spec is None)
+    return [_region(target, sharing[target.node.view.storage] > 1) for target in targets]
+
+
+def _region(target: Target, shares: bool) -> list[Indices] | None:
+    region = target.region()
+    if region is not None or shares or target.node.opaque or not target.node.view.is_contiguous:
+        return region
+    return [[range(size)] if size else [] for size in target.node.shape]
 
 
 def _meshes(targets: Sequence[Target]) -> str:
