@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .fold import fold_names
+from .layout import layout_line, layout_lines, tensor_placement
 from .planner.decisions import Cast, Decisions, Move, Rule, castable, final_device, final_dtype
 from .planner.memory import memory
 from .planner.records import dtype_name
@@ -88,6 +89,8 @@ def _explain_tensor(graph: ParamGraph, decisions: Decisions, tensor: TensorNode)
     facts = [(tensor.kind, _traits(tensor)), ("storage", _storage(tensor, storage))]
     facts += [("tied with", ", ".join(tensor.names[1:]))] if len(tensor.names) > 1 else []
     facts += list(_steps_for(tensor, storage, decisions))
+    if (placement := tensor_placement(tensor, graph, decisions)) is not None:
+        facts.append(("placement", placement))
     facts += list(_beginning(graph, tensor, storage))
     recipe = graph.recipe(tensor.name)
     dead = [op for op in graph.writers.get(storage.index, ()) if not op.live]
@@ -201,11 +204,16 @@ def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
     facts = [("device", f"{moves[-1].device}: you asked for it" if moves else _constructed_on(graph))]
     if not any(isinstance(step, Cast) for step in decisions.steps):
         facts.append(("dtype", f"as constructed, under the default dtype {ambient.default_dtype}: you asked for no cast"))
+    layout = layout_line(decisions)
+    if layout is not None:
+        facts.append(("layout", f"{layout}: you asked for it"))
     facts.append(("random stream", f"{decisions.reference}: {_why_stream(decisions)}"))
     if decisions.bound_state is not None:
         facts.append(("bound to", f"generator state {decisions.bound_state[:12]}: the constructor looks at random values"))
     facts.append(("memory", peak_line(memory(graph, decisions))))
     steps = tuple(_step(number, step, graph) for number, step in enumerate(decisions.steps, 1))
+    if layout is not None:
+        steps += (Passage(f"{len(steps) + 1}. {layout}", tuple(layout_lines(graph, decisions))),)
     return Explanation(decisions.constructor, tuple(facts), "steps after the constructor, in your order", steps)
 
 

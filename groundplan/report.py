@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .fold import Fold, fold_names
+from .layout import layout_line
 from .planner.decisions import Cast, Decisions, Move, final_device, final_dtype
 from .planner.memory import Memory
 from .planner.records import dtype_name
@@ -68,6 +69,8 @@ class Report(Shown):
             "constructor": self.decisions.constructor,
             "reference": self.graph.reference,
             "decisions": [step.model_dump(mode="json") for step in self.decisions.steps],
+            "sharding": self.decisions.sharding and self.decisions.sharding.model_dump(mode="json"),
+            "placing": self.decisions.placing and self.decisions.placing.model_dump(mode="json"),
             "parameters": _totals(self.graph.parameters) | {"trainable": _trainable(self.graph)},
             "buffers": _totals(self.graph.buffers),
             "attributes": _totals(_attributes(self.graph)),
@@ -268,7 +271,8 @@ def _header_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "bytes", _sizes(constructed) + (f" → {_sizes(final)}" if final != constructed else "")
     yield "random stream", _STREAMS["cuda" if graph.reference.startswith("cuda") else "cpu"]
     yield "devices", ", ".join(dict.fromkeys(row.device for row in report.rows)) or "none"
-    yield "decisions", "; ".join(step_line(step) for step in report.decisions.steps) or "none: everything stays as constructed"
+    made = [*map(step_line, report.decisions.steps), *filter(None, [layout_line(report.decisions)])]
+    yield "decisions", "; ".join(made) or "none: everything stays as constructed"
 
 
 def _counted(tensors: Sequence[TensorNode]) -> str:

@@ -246,6 +246,8 @@ def final_dtype(tensor: TensorNode, decisions: Decisions) -> torch.dtype:
 
 def final_device(tensor: TensorNode, storage: Storage, decisions: Decisions) -> str:
     """The device of `tensor`, a view of `storage`, in the finished module: plain attributes stay where they were made."""
+    if decisions.placing is not None and tensor.kind != "attribute":
+        return decisions.placing.device_for(tensor) or storage.device
     moves = [step.device for step in decisions.steps if isinstance(step, Move)]
     return moves[-1] if moves and tensor.kind != "attribute" else storage.device
 

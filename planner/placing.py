@@ -44,13 +44,17 @@ class Placing(Record):
 
         Raises `DecisionError` where the names of one tied tensor lead to different devices.
         """
-        found = {name: rule.device for name in tensor.names if (rule := self._rule_for(name)) is not None}
+        found = {name: rule.device for name in tensor.names if (rule := self._rule_named(name)) is not None}
         if len(set(found.values())) > 1:
             each = ", ".join(f"{name} on {device}" for name, device in found.items())
             raise DecisionError(f"one tied tensor cannot be on two devices: the rules put {each}; give its names the same device")
         return next(iter(found.values()), None)
 
-    def _rule_for(self, name: str) -> PlaceRule | None:
+    def rule_for(self, tensor: TensorNode) -> PlaceRule | None:
+        """The rule that decides about a tensor: that of the first of its names that any matches."""
+        return next((rule for name in tensor.names if (rule := self._rule_named(name)) is not None), None)
+
+    def _rule_named(self, name: str) -> PlaceRule | None:
         return next((rule for rule in self.rules if is_placed(rule.pattern, name)), None)
 
 
