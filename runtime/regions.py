@@ -57,16 +57,15 @@ def _share(indices: Indices, ranks: int, rank: int, split: int) -> Indices:
     """One rank's share: each of `split` pieces is divided between the ranks, as `torch.chunk` divides."""
     total = _count(indices)
     found: Indices = []
-    for piece in _chunks(range(total), split):
-        for part in _chunks(piece, ranks)[rank : rank + 1]:
-            found += _taken(indices, part)
+    for number in range(split):
+        found += _taken(indices, _chunk(_chunk(range(total), split, number), ranks, rank))
     return _joined(found)
 
 
-def _chunks(whole: range, count: int) -> list[range]:
-    """As `torch.chunk`: pieces of one size, a smaller last one, and maybe fewer than asked for."""
-    step = -(-len(whole) // count) or 1
-    return [whole[start : start + step] for start in range(0, len(whole), step)]
+def _chunk(whole: range, count: int, number: int) -> range:
+    """As `torch.chunk`: pieces of one size, a smaller last one, and maybe none for the numbers after that."""
+    step = -(-len(whole) // count)
+    return whole[number * step : (number + 1) * step]
 
 
 def _taken(indices: Indices, part: range) -> Indices:

@@ -18,10 +18,10 @@ from groundplan.planner.decisions import (
     cast_dtype,
     cast_target,
     default_decisions,
-    device_name,
     final_device,
     final_dtype,
 )
+from groundplan.planner.records import device_name
 from groundplan.tracer.errors import DecisionError, PlanFileError
 from groundplan.tracer.graph import Ambient, Frame, ParamGraph
 
