@@ -156,7 +156,7 @@ def shard_rows(model: str, repeats: int, threads: int) -> list[Result]:
         for count in (0, *RANKS)[:: 1 if turn % 2 == 0 else -1]:
             side = "shard" if count else "whole"
             found[count] = run_child(side, model, str(count), str(threads), json.dumps(lengths or {}))
-            lengths = lengths or found[0]["lengths"]
+            lengths = found[0]["lengths"] if lengths is None else lengths
         rounds.append(found)
     ones = [each[0] for each in rounds]
     rows = [shard_row(model, count, threads, rounds) for count in RANKS]

@@ -31,7 +31,7 @@ ARRIVAL = 45.0
 _BEAT = 1.0  # seconds
 _SILENCE = 15.0  # seconds after which a rank whose thread writes nothing is gone
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.25  # seconds between two looks at the store, which thousands of ranks may share
-_GOODBYE = 5.0  # seconds that a failing first rank stays for the others to hear of it: it may hold the store
+_GOODBYE = 5.0  # seconds that the first rank stays at most for the others to hear how it went
 _SHOWN = 8
 _calls: Counter[str] = Counter()
 
@@ -135,6 +135,8 @@ class _Together(Ranks):
                 self._wait(f"done/{rank}", rank)
             self._set("finished", "yes")
         self._wait("finished", 0)
+        self._set(f"left/{self.rank}", "yes")
+        self._stay_for([f"left/{rank}" for rank in range(self.count)])
 
     def fail(self, error: BaseException) -> None:
         """Tell the others what this rank raises, unless they know already."""
@@ -148,11 +150,13 @@ class _Together(Ranks):
 
     def _say_goodbye(self) -> None:
         self._set(f"heard/{self.rank}", "yes")
-        if self.rank == 0:
-            end = time.monotonic() + _GOODBYE
-            awaited = [f"heard/{rank}" for rank in range(1, self.count) if rank in self._heard or self._has(f"beat/{rank}")]
-            while awaited and time.monotonic() < end and not self._store.check(awaited):
-                time.sleep(0.05)
+        self._stay_for([f"heard/{rank}" for rank in range(1, self.count) if rank in self._heard or self._has(f"beat/{rank}")])
+
+    def _stay_for(self, awaited: list[str]) -> None:
+        """The first rank may hold the store: were it to go on, and end, the others could not read there how it all went."""
+        end = time.monotonic() + _GOODBYE
+        while self.rank == 0 and awaited and time.monotonic() < end and not self._store.check(awaited):
+            time.sleep(0.01)
 
     def _publish(self, message: str) -> None:
         found = self._store.compare_set("failed", "", message)
