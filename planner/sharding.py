@@ -165,6 +165,11 @@ def sharding(
     from .check_sharding import check_axes, check_sharding
 
     check_axes(axes)
+    for dtype in filter(None, (compute_dtype, reduce_dtype)):
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise DecisionError(
+                f"gradients and parameters are of floating point, which {dtype!r} is not; give torch.bfloat16, say"
+            )
     found = tuple(Axis(name=name, size=size) for name, size in axes.items())
     shards = any(axis.role == "shard" for axis in found)
     wanted = ([units] if isinstance(units, str) else list(units)) if shards or units != LAYERS else []

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -103,15 +104,17 @@ class _Folder:
     def __enter__(self) -> _Folder:
         if self.path is None:
             return self
-        existed = self.path.exists()
+        new = [each for each in (self.path, *self.path.parents) if not each.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
                 raise MaterializeError(f"{self.path} is not empty, and what is there would be lost; {_WAY_OUT}")
             self._temporary = Path(tempfile.mkdtemp(prefix=".groundplan-", dir=self.path))
         except OSError as error:
+            if new:
+                shutil.rmtree(new[-1], ignore_errors=True)
             raise MaterializeError(f"cannot write to {self.path}: {error.strerror or error}; {_WAY_OUT}") from error
-        self._remove = [self._temporary] if existed else [self.path]
+        self._remove = new[-1:] or [self._temporary]
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -124,6 +127,8 @@ class _Folder:
         from accelerate.utils import offload_weight
 
         try:
+            if value.nbytes > shutil.disk_usage(self._temporary).free:  # it writes mapped memory, where a full disk is a signal
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             offload_weight(value.detach().cpu(), names[0], str(self._temporary), self._index)
             for name in names[1:]:
                 self._index[name] = self._index[names[0]]

@@ -101,7 +101,9 @@ def _apply_transformers(module: nn.Module, styles: dict[str, str], mesh: DeviceM
             f"tensor='auto' needs the tensor parallelism of a newer transformers ({error}): upgrade it, or give the rules, as "
             "tensor={'layers.*.q_proj': 'colwise', ...}"
         ) from error
-    apply_tensor_parallelism(module, mesh, styles)
+    places = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    once = {name for name, _ in module.named_parameters()}  # it takes a tied parameter at the first of its places
+    apply_tensor_parallelism(module, mesh, {name: style for name, style in styles.items() if name in once or name not in places})
 
 
 def _tie_again(module: nn.Module, graph: ParamGraph) -> None:

@@ -132,15 +132,7 @@ def test_what_torch_refuses_is_refused_as_torch_does(factory: Any, mesh: DeviceM
 
 SENT = [name for name in dtensor_worker.BUILDS if name.endswith(", sent")]
 UNSENT = [name for name in dtensor_worker.BUILDS if name not in SENT]
-SAME_EVERYWHERE = ("from_local", "zeros and ones")
 ON_TOP = [(name, sizes) for name in dtensor_worker.ON_TOP for sizes in ("2x1", "1x2")]
-differ = pytest.mark.xfail(
-    strict=True, reason="the ranks' graphs, each with its own part cut out, count as different constructors: RanksError"
-)
-garbage = pytest.mark.xfail(
-    strict=False,
-    reason="collectives of the constructor are replayed without waiting for them: memory is read before it is written",
-)
 
 
 @pytest.fixture(scope="module")
@@ -154,23 +146,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
-def marked(names: list[Any], mark: pytest.MarkDecorator, unless: Callable[[Any], bool]) -> list[Any]:
-    return [name if unless(name) else pytest.param(name, marks=mark) for name in names]
-
-
 @pytest.mark.parametrize("name", dtensor_worker.BUILDS)
 def test_every_rank_builds_what_eager_builds_there(ranks: list[Found], name: str) -> None:
     for rank in ranks:
         assert rank[name]["materialize"] == {"differing": [], "generator": True}
 
 
-@pytest.mark.parametrize("name", [*UNSENT, *(pytest.param(name, marks=garbage) for name in SENT)])
+@pytest.mark.parametrize("name", [*UNSENT, *SENT])
 def test_every_rank_fills_a_meta_module_alone(ranks: list[Found], name: str) -> None:
     for rank in ranks:
         assert rank[name]["meta module, alone"] == {"not meta": [], "differing": [], "generator": True}
 
 
-@pytest.mark.parametrize("name", marked([*UNSENT, *SENT], differ, lambda name: name in SAME_EVERYWHERE))
+@pytest.mark.parametrize("name", [*UNSENT, *SENT])
 def test_the_ranks_fill_a_meta_module_together(ranks: list[Found], name: str) -> None:
     for rank in ranks:
         assert rank[name]["meta module"] == {"not meta": [], "differing": [], "generator": True}
@@ -182,7 +170,7 @@ def test_every_rank_shards_once_more_alone(ranks: list[Found], name: str, sizes:
         assert rank[f"{name}, {sizes}"]["on top, alone"] == {"not meta": [], "differing": [], "generator": True}
 
 
-@pytest.mark.parametrize("case", marked(ON_TOP, differ, lambda case: case[1] == "2x1" or case[0] in SAME_EVERYWHERE))
+@pytest.mark.parametrize("case", ON_TOP)
 def test_the_ranks_shard_once_more_together(ranks: list[Found], case: tuple[str, str]) -> None:
     for rank in ranks:
         assert rank[", ".join(case)]["on top"] == {"not meta": [], "differing": [], "generator": True}

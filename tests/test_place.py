@@ -388,7 +388,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.xfail(strict=True, reason="accelerate writes into mapped memory, and a full disk ends the process with SIGBUS")
 def test_a_disk_that_is_really_full_leaves_nothing(small_disk: Path) -> None:
     said = run(LIMITED.replace("(2**20, 2**20)", "(2**30, 2**30)"), str(small_disk / "offload"))
     assert said.startswith(f"cannot write weight to {small_disk / 'offload'}: No space left on device")
@@ -409,14 +408,12 @@ def test_a_failing_dispatch_leaves_nothing(existed: bool, tmp_path: Path, monkey
     assert list(tmp_path.rglob("*")) == ([folder] if existed else [])
 
 
-@pytest.mark.xfail(strict=True, reason="the folder itself is removed, those above that were made for it are not")
 def test_folders_above_that_were_made_are_gone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch)
     refused(tmp_path / "one" / "two" / "offload", "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="the folder was made, and stays, where the temporary one in it cannot be")
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mkdtemp(**_: Any) -> str:
         raise OSError(28, "No space left on device")

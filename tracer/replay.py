@@ -229,6 +229,8 @@ class Replay:
             kwargs["device"] = _present(kwargs["device"])
         out = op.func(*args, **kwargs)
         results = [out] if not isinstance(out, list | tuple) else list(_flat(out))
+        if getattr(op.func, "namespace", "") == "_c10d_functional":  # a collective: what it returns is still on its way
+            results = [torch.ops._c10d_functional.wait_tensor(each) for each in results]
         for view, result in zip(op.outputs, results, strict=False):
             if view is not None:
                 self._keep(op, view, result)
