@@ -229,8 +229,7 @@ class Replay:
             kwargs["device"] = _present(kwargs["device"])
         out = op.func(*args, **kwargs)
         results = [out] if not isinstance(out, list | tuple) else list(_flat(out))
-        if getattr(op.func, "namespace", "") == "_c10d_functional":  # a collective: what it returns is still on its way
-            results = [torch.ops._c10d_functional.wait_tensor(each) for each in results]
+        results = _arrived(op.func, results)
         for view, result in zip(op.outputs, results, strict=False):
             if view is not None:
                 self._keep(op, view, result)
@@ -272,6 +271,17 @@ class Replay:
             )
         source: torch.UntypedStorage = record.constant.value.untyped_storage()
         return source.clone() if self._writers.get(index) else source
+
+
+def _arrived(func: Any, results: list[Any]) -> list[Any]:
+    """What a call returned; a collective returns at once, and what it brings is still on its way."""
+    space = getattr(func, "namespace", "")
+    if space == "_c10d_functional":
+        return [torch.ops._c10d_functional.wait_tensor(each) for each in results]
+    for each in results if space == "c10d" else ():
+        if isinstance(each, torch.ScriptObject):
+            torch.distributed.Work.unbox(each).wait()
+    return results
 
 
 class _Sizes(Mapping[int, int]):
