@@ -12,28 +12,29 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import groundplan as gp
 
-CONFIG = LlamaConfig(
-    vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
-)
 WORDS = torch.arange(64).reshape(2, 32)
 
 
 def main() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds that the process which starts the ranks need not take
+
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+    )
     dist.init_process_group("gloo")  # nccl, and a mesh of "cuda", where there are GPUs
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
 
-    model = gp.trace(LlamaForCausalLM, CONFIG).meta_module()
+    model = gp.trace(LlamaForCausalLM, config).meta_module()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     gp.materialize(model, seed=0)  # instead of model.to_empty(device=...) and model.init_weights()
 
     torch.manual_seed(0)
-    single = LlamaForCausalLM(CONFIG)  # what one device holds, for comparison
+    single = LlamaForCausalLM(config)  # what one device holds, for comparison
     expected = single.state_dict()
     assert all(torch.equal(value.full_tensor(), expected[name]) for name, value in model.state_dict().items())
 
