@@ -1,7 +1,9 @@
 """The second stage: what to do with every tensor. Decides, and allocates nothing.
 
 * `decisions`: `Decisions`, the frozen data that a plan saves (`plan_file`) and that fits its graph (`check`);
-* `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload`.
+* `sharding` and `placing`: how a module is divided between ranks, or between one process's devices (`check_sharding`: its doors);
+* `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`rank_memory`: of one rank);
+* `records`: what all that is saved is made of.
 """
 
 from .check import check_decisions

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +19,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+import groundplan as gp
 from groundplan import cli
 
 ROOT = Path(__file__).parents[1]
@@ -86,18 +91,65 @@ class MyModel(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
         self.lm_head = nn.Linear(width, width)
+
+
+def readme_code() -> dict[str, list[str]]:
+    """The README's Python blocks, by the heading that they are under."""
+    text = README.read_text(encoding="utf-8")
+    sections = re.split(r"^##+ ", text, flags=re.MULTILINE)
+    found = {each.splitlines()[0]: re.findall(r"^```python\n(.*?)^```$", each, re.DOTALL | re.MULTILINE) for each in sections}
+    return {heading: blocks for heading, blocks in found.items() if blocks}
+
+
+SHARDED = "Sharded: each rank only its own part"
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
-    code = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    code = [block for heading, blocks in readme_code().items() if heading != SHARDED for block in blocks]
     assert len(code) == 3
     for each in code:
         exec(each, names)
         torch.manual_seed(0)
         assert torch.equal(names["model"].lm_head.weight, MyModel(8).to(torch.bfloat16).lm_head.weight)
+
+
+def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
+    """In one process: the first block as it stands, the second until it needs sixteen, and what it places without a GPU."""
+    by_hand, by_plan = readme_code()[SHARDED]
+    mesh = init_device_mesh("cpu", (1,))
+    names: dict[str, Any] = {"gp": gp, "torch": torch, "MyModel": MyModel, "config": 8, "mesh": mesh, "fully_shard": fully_shard}
+    exec(by_hand, names)
+    torch.manual_seed(0)
+    assert torch.equal(names["module"].lm_head.weight.full_tensor(), MyModel(8).lm_head.weight)
+
+    names["plan"] = gp.trace(llama)
+    decided, built = by_plan.split("model = plan.materialize")
+    exec(decided, names)
+    assert names["plan"].decisions.sharding.describe() == "dp_shard=8 x tp=2"
+    assert "place(" in built
+    names["plan"] = gp.trace(MyModel, 8)
+    with pytest.raises(gp.GroundplanError, match="cuda:0"):
+        exec(built.partition("\n\n")[2], names)
+
+
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    module: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
+    return module
 
 
 def test_the_readmes_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
