@@ -235,6 +235,7 @@ def run_child(*words: str) -> Result:
     """This same script once more, measuring one side; its last line is the result."""
     command = [sys.executable, sys.argv[0], "--child", *words]
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules compiled anew in every child would count as work
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed with {done.returncode}")

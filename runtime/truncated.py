@@ -9,7 +9,7 @@ values tell, which is remembered for each state of the stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -33,7 +33,13 @@ class Truncated:
 
     def __init__(self, fill: Fill, low: float, high: float) -> None:
         self.fill = fill
-        self.low, self.high = torch.tensor([low, high], dtype=fill.dtype, device="cpu").tolist()  # as torch compares them
+        self._limits = low, high
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value, in the tensor's dtype: so torch compares them."""
+        low, high = torch.tensor(self._limits, dtype=self.fill.dtype, device="cpu").tolist()
+        return low, high
 
     @classmethod
     def of(cls, args: tuple[float, ...], dtype: torch.dtype, numel: int, contiguous: bool) -> Truncated | None:
@@ -101,14 +107,14 @@ class Truncated:
 
     @property
     def _key(self) -> tuple[object, ...]:
-        return self.fill.dtype, self.fill.numel, self.fill.args, self.low, self.high
+        return self.fill.dtype, self.fill.numel, self.fill.args, self._limits
 
 
 class Settler:
     """Draws elements of a `trunc_normal_` that starts from `place`, chunk after chunk in ascending order."""
 
     def __init__(self, call: Truncated, place: Place) -> None:
-        self._low, self._high = call.low, call.high
+        self._low, self._high = call.bounds
         self._pens = _Pens(call, place)
         self._compiled = _CompiledRounds(call, place) if call.fill.numel % _BLOCK == 0 and _is_compiled(call.fill.dtype) else None
         self._scratch: torch.Tensor | None = None
@@ -159,7 +165,7 @@ class _CompiledRounds:
 
     def _settle(self, first: int, chunk: torch.Tensor) -> None:
         self._hand(0, first).draw(chunk, len(chunk))
-        bounds, number = (self._call.low, self._call.high), 1
+        bounds, number = self._call.bounds, 1
         wrong = _native().outside(chunk, *bounds)
         while len(wrong):
             wrong = self._hand(number, first).redraw(chunk, wrong, bounds)

@@ -142,6 +142,10 @@ class Windows:
         self, ops: Sequence[Op], nbytes: Mapping[int, int], whole: Iterable[int], by_element: Callable[[Op], bool]
     ) -> None:
         self._ops = ops
+        self._targets: dict[int, list[View]] = {}
+        for op in ops:
+            for target in op.targets:
+                self._targets.setdefault(target.storage, []).append(target)
         self._nbytes = nbytes
         self._whole = set(whole)
         self._by_element = by_element
@@ -176,8 +180,7 @@ class Windows:
 
     def _reference(self, view: View) -> View | None:
         """A view without gaps of all of a storage: this one, or one that an op writes."""
-        targets = (target for op in self._ops for target in op.targets if target.storage == view.storage)
-        return next((each for each in (view, *targets) if self._is_dense(each)), None)
+        return next((each for each in (view, *self._targets.get(view.storage, ())) if self._is_dense(each)), None)
 
     def _is_dense(self, view: View) -> bool:
         if view.offset or view.nbytes != self._nbytes[view.storage] or view.conj or view.neg:

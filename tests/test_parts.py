@@ -46,6 +46,7 @@ def shrink(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(filler, "LARGE", 64)
     patched.setattr(truncated, "_COMPILED_CHUNK", 48)
     patched.setattr(places, "_JUMP_FROM", 5_000)
+    patched.setattr(places, "_COMPILED_JUMP_FROM", 10_000)
     patched.setattr(places, "_FIRST_JUMP_FROM", 20_000)
 
 

@@ -38,7 +38,8 @@ _SAMPLED = 5040  # the byte that says whether a normal sample is kept
 _SKIPPED_AT_ONCE = 1 << 15
 _KEPT_BLOCKS = 4096  # of 2.5 kB
 _JUMP_FROM = 600_000  # words: from here on a jump whose polynomial is known beats drawing
-_FIRST_JUMP_FROM = 6_000_000  # words: and from here on one whose polynomial is not, or any against compiled twists
+_COMPILED_JUMP_FROM = 1_200_000  # words: the same against compiled twists
+_FIRST_JUMP_FROM = 6_000_000  # words: and from here on one whose polynomial is not
 
 
 class Draw(NamedTuple):
@@ -111,7 +112,8 @@ class Stream:
     def _advanced(self, block: Block, count: int) -> Block:
         words = count * WORDS
         compiled = native() is not None
-        pays = words >= _FIRST_JUMP_FROM or (words >= _JUMP_FROM and not compiled and is_known(words))
+        known_pays = words >= (_COMPILED_JUMP_FROM if compiled else _JUMP_FROM)
+        pays = words >= _FIRST_JUMP_FROM or (known_pays and is_known(words))
         if pays and jumps_agree():
             return jumped(block, words)
         if count < 4 or compiled:
