@@ -61,7 +61,7 @@ def sharded(plan: Any, count: int) -> nn.Module:
 @contextmanager
 def others_imagined(count: int, lengths: dict[str, int]) -> Iterator[None]:
     """This process is one of `count` ranks; the numbers that the others work out are in `lengths`, or are added to it."""
-    from groundplan.runtime.ranks import Ranks
+    from groundplan.runtime.ranks import Ranks, Seen
 
     class Imagined(Ranks):
         def agree(self, said: Mapping[str, str]) -> None:
@@ -73,6 +73,10 @@ def others_imagined(count: int, lengths: dict[str, int]) -> Iterator[None]:
             elif (mine := (self.rank - first) % self.count) < parts:
                 find(mine)
             return lengths[key]
+
+        def united(self, key: str, first: int, seen: Seen | None, numel: int) -> int | None:
+            json.dumps([seen] * self.count)
+            return lengths[key] if seen is not None else None
 
     ranks = Imagined()
     ranks.rank, ranks.count = count // 2, count

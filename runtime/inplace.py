@@ -24,7 +24,7 @@ from ..planner.decisions import Decisions, Move, final_device
 from ..planner.records import device_name
 from ..tracer.ambient import host_random_from, one_at_a_time
 from ..tracer.errors import MaterializeError
-from ..tracer.graph import ParamGraph, TensorNode
+from ..tracer.graph import ParamGraph, StreamPosition, TensorNode
 from ..tracer.streams import generator_states, generators_kept, restore_generators
 from .agreement import agreement
 from .boxes import Box
@@ -34,7 +34,7 @@ from .keyed import KeyedReplay, Keys, drawn_seed
 from .materialize import restored_on_failure
 from .meta import meta_module
 from .parallel import apply_sharding, check_mesh, group_of, mesh_of
-from .parts import PartialReplay
+from .parts import PartialReplay, Wanted
 from .placing import check_hooks, place, renew_weak_references, wrapped
 from .ranks import Ranks, together
 from .regions import Indices, assembled, boxes_of, local_of
@@ -161,6 +161,18 @@ class _Job:
         options = {"rng": self.rng, "uninitialized": self.uninitialized, "mesh": _meshes(self.targets)}
         return agreement(self.build, self.decisions, seed) | options
 
+    def boxes(self) -> list[tuple[int, Box]]:
+        """The boxes that what is held here is made of, with the numbers of their targets."""
+        return [(number, box) for number, region in enumerate(self.regions) if region is not None for box in boxes_of(region)]
+
+    def staying(self, nodes: Sequence[TensorNode]) -> frozenset[int]:
+        """The storages whose elements are not converted or moved once they are made: drawn early, they take no more memory."""
+        return frozenset(
+            node.view.storage
+            for target, node, device in zip(self.targets, nodes, self.devices, strict=True)
+            if device.type == "cpu" and target.tensor.dtype == node.dtype
+        )
+
     def nodes(self, graph: ParamGraph) -> list[TensorNode]:
         """The targets' nodes in `graph`, which may be the constructor's under another seed."""
         if graph is self.build.graph:
@@ -181,28 +193,33 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
         options = (graph.ops, graph.storages, generator_states(), job.uninitialized == "zero")
         ends = [end for end in graph.ends if end.device == "cpu" or torch.cuda.is_available()] if job.rng == "eager" else []
         states = {}
-        if ends and ranks.count > 1:  # what takes values to know is found out by all ranks together, before any of them draws
-            states, ends = PartialReplay(*options, Shared(workers, ranks)).run((), ends), []
         watched = Watched(workers, ranks)
         keys = Keys.of(seed or 0, graph) if job.rng == "keyed" else None
         replay = PartialReplay(*options, watched) if keys is None else KeyedReplay(keys, *options, watched)
-        found, reached = _replayed(job, nodes, replay, ends)
+        boxes = job.boxes()
+        wanted = [(nodes[number].view, box) for number, box in boxes]
+        if ends and ranks.count > 1:
+            replay.prepare(wanted)
+            shared = Shared(workers, ranks, replay, job.staying(nodes))
+            states, ends = PartialReplay(*options, shared).run((), ends), []
+        found, reached = _replayed(job, nodes, replay, boxes, wanted, ends)
     restore_generators(states | reached)
     return found
 
 
 def _replayed(
-    job: _Job, nodes: Sequence[TensorNode], replay: PartialReplay, ends: Sequence[Any]
+    job: _Job,
+    nodes: Sequence[TensorNode],
+    replay: PartialReplay,
+    boxes: Sequence[tuple[int, Box]],
+    wanted: Wanted,
+    ends: Sequence[StreamPosition],
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """The tensors that share memory first; then the others, or what is held here of them."""
     found: dict[int, torch.Tensor] = {}
     ordinary = [number for number, region in enumerate(job.regions) if region is None]
     for number, whole in zip(ordinary, replay.run_whole([nodes[number].view for number in ordinary]), strict=True):
         found[number] = _settled(whole, job, number)
-    boxes: list[tuple[int, Box]] = [
-        (number, box) for number, region in enumerate(job.regions) if region is not None for box in boxes_of(region)
-    ]
-    wanted = [(nodes[number].view, box) for number, box in boxes]
     pieces, reached = replay.run_parts(wanted, ends, lambda entry, piece: _moved(piece, job, boxes[entry][0]))
     parts = iter(pieces)
     for number, region in enumerate(job.regions):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from .truncated import Settler, Truncated
 from .windows import Window, Windows, broadcast, draws_by_element, memory_order
 
 Deliver = Callable[[int, torch.Tensor], torch.Tensor]
+Wanted = Sequence[tuple[View, Box]]
 
 
 def _kept(number: int, piece: torch.Tensor) -> torch.Tensor:
@@ -38,38 +42,85 @@ class PartialReplay(Replay):
         self._threaded = filler
         self._windows: dict[int, Window] = {}
         self._made: dict[int, torch.Tensor] = {}
+        self._drawn_before: dict[int, torch.Tensor] = {}
+        self._prepared: Wanted | None = None
+        self._storages_wanted: list[int] = []
+        self._needed: frozenset[int] = frozenset()
+        self._held: Counter[int] = Counter()
         self._deliveries = _Deliveries((), _kept)
 
     def run_whole(self, views: Sequence[View]) -> list[torch.Tensor]:
         """All of every view; views of one storage share its memory, which is nobody else's."""
         storages = list(dict.fromkeys(view.storage for view in views))
-        self._windows = {}
-        self.run(storages)
+        with self._without_windows():
+            self.run(storages)
         for index in storages:
             constant, memory = self._records[index].constant, self.storages[index]
             if constant is not None and memory.data_ptr() == constant.value.untyped_storage().data_ptr():
                 self.storages[index] = memory.clone()
         return [self.open(view) for view in views]
 
+    def prepare(self, wanted: Wanted) -> None:
+        """Work out which part of every storage `run_parts` will make for these; it does so itself where this was not called."""
+        self._made.clear()
+        self._drawn_before.clear()
+        self._prepared = wanted
+        self._storages_wanted = list(dict.fromkeys(view.storage for view, box in wanted if all(box)))
+        needed, _ = self._to_run(self._storages_wanted)
+        self._needed = frozenset(needed)
+        self._held = Counter()
+        for view, box in wanted:
+            self._held[view.storage] += math.prod(map(len, box))
+        ops = [self._ops[index] for index in needed]
+        elsewhere = [each.index for each in self._records if each.constant is not None or _is_missing(str(each.device))]
+        self._windows = Windows(ops, self._nbytes, elsewhere, self._is_by_element).find(wanted)
+
     def run_parts(
-        self, wanted: Sequence[tuple[View, Box]], ends: Sequence[StreamPosition] = (), deliver: Deliver = _kept
+        self, wanted: Wanted, ends: Sequence[StreamPosition] = (), deliver: Deliver = _kept
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """The box of every view, each in memory of its own; and as for `run`. What was replayed before is forgotten.
 
         Each is given to `deliver` with its number as soon as it is finished, and what that returns is kept in its place.
         """
+        if self._prepared is not wanted:
+            self.prepare(wanted)
+        self._prepared = None
         self.storages.clear()
-        self._made.clear()
-        storages = list(dict.fromkeys(view.storage for view, box in wanted if all(box)))
-        needed, _ = self._to_run(storages)
-        ops = [self._ops[index] for index in needed]
-        elsewhere = [each.index for each in self._records if each.constant is not None or _is_missing(str(each.device))]
-        self._windows = Windows(ops, self._nbytes, elsewhere, self._is_by_element).find(wanted)
         self._deliveries = _Deliveries(wanted, deliver)
-        states = self._run(storages, list(ends))
+        states = self._run(self._storages_wanted, list(ends))
         for storage in self._deliveries.left():
             self._finished(storage, True)
         return self._deliveries.pieces(), states
+
+    def stretch(self, op: Op) -> range | None:
+        """The elements that will be made of what the op fills, by their places in memory, once all is prepared.
+
+        None where they do not lie side by side, or where more than these, or than what is wanted, is made of the storage.
+        """
+        view = op.targets[0]
+        window = self._windows.get(view.storage)
+        if window is None or op.index not in self._needed or self._held[view.storage] < math.prod(map(len, window.box)):
+            return None
+        order = memory_order(view)
+        size, box = tuple(view.size[dim] for dim in order), tuple(window.box[dim] for dim in order)
+        if view != window.reference or not all(box) or box[1:] != whole_box(size)[1:] or box[0].step != 1:
+            return None
+        each = math.prod(size[1:])
+        return range(box[0].start * each, box[0].stop * each)
+
+    def keep(self, op: Op, row: torch.Tensor) -> None:
+        """Take the elements of the op's `stretch`, drawn already, where they are wanted: they are not drawn again."""
+        self._drawn_before[op.index] = row
+
+    @contextmanager
+    def _without_windows(self) -> Iterator[None]:
+        """Make whole storages meanwhile, and touch no window."""
+        windows, made = self._windows, self._made
+        self._windows, self._made = {}, {}
+        try:
+            yield
+        finally:
+            self._windows, self._made = windows, made
 
     def _is_by_element(self, op: Op) -> bool:
         return by_element(op, draws_by_element)
@@ -85,11 +136,11 @@ class PartialReplay(Replay):
         """The window's elements, a tensor with the reference's dims in the reference's order of memory."""
         if index not in self._made:
             window = self._windows[index]
-            order = memory_order(window.reference)
             make = torch.zeros if self._zeros else torch.empty
-            made = make([len(window.box[dim]) for dim in order], dtype=window.reference.dtype, device=self._records[index].device)
+            size = math.prod(map(len, window.box))
+            made = make(size, dtype=window.reference.dtype, device=self._records[index].device)
             prefer_huge_pages(made.untyped_storage())
-            self._made[index] = made.permute(sorted(range(len(order)), key=order.__getitem__))
+            self._made[index] = window.over(made)
         return self._made[index]
 
     def _finished(self, storage: int, is_wanted: bool) -> None:
@@ -168,18 +219,25 @@ class PartialReplay(Replay):
                 self._fill_box(op, local, lambda size, box, out: fill_box(fill, size, box, out, start, workers))
             return start.after(fill.draw)
         truncated = _sure(Truncated.of_op(op))
-        if all(local):
+        before = self._drawn_before.pop(op.index, None)
+        if before is not None:
+            self._take(op.targets[0].storage, before)
+        elif all(local):
             self._fill_box(op, local, lambda size, box, out: self._settle(truncated, size, box, out, start))
         return lambda: _sure(self._threaded.passed(op, start))
 
     def _passed_over(self, op: Any, start: Spot) -> Spot | Callable[[], Spot]:
         """As for a whole replay: what such an op writes is dropped, and no window is touched."""
-        windows, made = self._windows, self._made
-        self._windows, self._made = {}, {}
-        try:
+        with self._without_windows():
             return super()._passed_over(op, start)
-        finally:
-            self._windows, self._made = windows, made
+
+    def _take(self, storage: int, row: torch.Tensor) -> None:
+        """Make a row the elements of a storage's window, in the order of memory."""
+        ready = self._windows[storage].over(row)
+        if storage in self._made:
+            self._made[storage].copy_(ready)
+        else:
+            self._made[storage] = ready
 
     def _drawn_on_cuda(self, op: Op, local: Box, fill: CudaFill) -> torch.Tensor:
         """Draw the box `local` of what the op fills, in large pieces: a kernel fills few elements no faster than many."""

@@ -4,7 +4,7 @@ What they tell each other goes through the process group's own key-value store, 
 dead rank as long as the group's timeout allows. The first rank of the group listens to all, the others to the first.
 
 1. `agree`: every rank says what it is about to build; the first one compares, and publishes what it found
-2. `largest`: a number that several ranks work out, a part each, is told to all
+2. `largest` and `united`: a number that several ranks work out, a part each, is told to all
 3. `finish`: every rank says that it is done; the first one says when all are. Only then does a module change.
 
 A thread of each rank writes a number every second. A rank whose number stands still is gone; one that raises says so. Either way
@@ -17,9 +17,9 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -34,6 +34,30 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.25  # seconds between two looks at the s
 _GOODBYE = 5.0  # seconds that the first rank stays at most for the others to hear how it went
 _SHOWN = 8
 _calls: Counter[str] = Counter()
+
+
+class Seen(NamedTuple):
+    """The rounds that the elements of a row from `start` to `stop` take."""
+
+    rounds: int
+    start: int
+    stop: int
+
+
+def covered(seen: Iterable[Seen | None], numel: int) -> int | None:
+    """The rounds that `numel` elements take; None where these are not all of them.
+
+    >>> covered([Seen(3, 0, 10), None, Seen(5, 10, 20)], 20)
+    5
+    >>> covered([Seen(3, 0, 10), Seen(5, 11, 20)], 20) is None
+    True
+    """
+    found, end = 1, 0
+    for each in sorted((each for each in seen if each is not None), key=lambda each: each.start):
+        if each.start > end:
+            return None
+        found, end = max(found, each.rounds), max(end, each.stop)
+    return found if end >= numel else None
 
 
 class Ranks:
@@ -51,6 +75,13 @@ class Ranks:
     def largest(self, key: str, first: int, parts: int, find: Callable[[int], int]) -> int:
         """The largest of `parts` numbers, which so many ranks find, from number `first % count` on. Every rank has to call."""
         return max(map(find, range(parts)))
+
+    def united(self, key: str, first: int, seen: Seen | None, numel: int) -> int | None:
+        """The largest number of rounds that any rank has seen; None where they have not seen all `numel` elements.
+
+        Every rank has to call, with the same `key`; rank `first % count` puts together what they say.
+        """
+        return covered([seen], numel)
 
     def finish(self) -> None:
         """Return when every rank is done."""
@@ -127,6 +158,15 @@ class _Together(Ranks):
             found = [int(self._wait(f"found/{key}/{part}", (first + part) % self.count)) for part in range(parts)]
             self._set(f"largest/{key}", str(max(found)))
         return int(self._wait(f"largest/{key}", first % self.count))
+
+    def united(self, key: str, first: int, seen: Seen | None, numel: int) -> int | None:
+        whose = first % self.count
+        self._set(f"seen/{key}/{self.rank}", json.dumps(seen))
+        if self.rank == whose:
+            every = [json.loads(self._wait(f"seen/{key}/{rank}", rank)) for rank in range(self.count)]
+            self._set(f"united/{key}", json.dumps(covered([each and Seen(*each) for each in every], numel)))
+        found: int | None = json.loads(self._wait(f"united/{key}", whose))
+        return found
 
     def finish(self) -> None:
         self._set(f"done/{self.rank}", "yes")

@@ -95,6 +95,11 @@ class Window:
                 boxes.append(range(first, first + (len(own) - 1) * (own.step // part.step) + 1, own.step // part.step))
         return tuple(boxes)
 
+    def over(self, row: torch.Tensor) -> torch.Tensor:
+        """The window's elements, with the reference's dims, of a row that holds them in the reference's order of memory."""
+        order = memory_order(self.reference)
+        return row.view([len(self.box[dim]) for dim in order]).permute(sorted(range(len(order)), key=order.__getitem__))
+
     def covers(self, view: View) -> bool:
         """Whether it is a box of the reference at all."""
         return located(view, self.reference) is not None
