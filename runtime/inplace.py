@@ -200,8 +200,9 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
         wanted = [(nodes[number].view, box) for number, box in boxes]
         if ends and ranks.count > 1:
             replay.prepare(wanted)
-            shared = Shared(workers, ranks, replay, job.staying(nodes))
-            states, ends = PartialReplay(*options, shared).run((), ends), []
+            lengths = PartialReplay(*options, Shared(workers, ranks, replay, job.staying(nodes)))
+            states, ends = lengths.run((), ends), []
+            replay.follow(lengths)
         found, reached = _replayed(job, nodes, replay, boxes, wanted, ends)
     restore_generators(states | reached)
     return found

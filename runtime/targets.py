@@ -140,9 +140,12 @@ def _members(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, Put]]:
                 yield key, tensor, _entry(members, key)
 
 
+_HOLDERS = (torch.Tensor, list, tuple, dict)
+
+
 def _attributes(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, Put]]:
     for key, value in module.__dict__.items():
-        if key not in ("_parameters", "_buffers", "_modules"):
+        if isinstance(value, _HOLDERS) and key not in ("_parameters", "_buffers", "_modules"):
             yield from _inside(key, value, _entry(module.__dict__, key), 0)
 
 

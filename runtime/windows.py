@@ -79,6 +79,8 @@ class Window:
 
     def local(self, view: View) -> Box | None:
         """The box of `view` that lies in the window; None where it cannot be told."""
+        if view == self.reference:
+            return self.box
         found = located(view, self.reference)
         if found is None:
             return None
@@ -172,6 +174,8 @@ class Windows:
         if view.storage in self._whole or not all(box):
             return
         window = self._found.get(view.storage)
+        if window is not None and view == window.reference and box == window.box:
+            return
         reference = self._reference(view) if window is None else window.reference
         positions = None if reference is None else Window(reference, whole_box(reference.size)).positions(view, box)
         if reference is None or positions is None:

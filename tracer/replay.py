@@ -78,6 +78,10 @@ class Replay:
             self._storage(index)
         return states
 
+    def follow(self, earlier: Replay) -> None:
+        """Take over where each draw ends, as an earlier replay of the same tape from the same states has found out."""
+        self._ends.update(earlier._ends)
+
     def _run(self, wanted: Sequence[int], ends: Sequence[StreamPosition]) -> dict[str, torch.Tensor]:
         needed, chain = self._to_run(wanted, [end.op for end in ends if end.op is not None])
         self.ambient = any(self._ops[index].position.origin == "ambient" for index in chain)
@@ -139,9 +143,10 @@ class Replay:
             op = self._ops[index]
             if op.position is None:
                 self._call(op)
-            else:
-                start = self._start(op.position)
-                self._ends[index] = self._drawn(op, start) if index in needs else self._passed_over(op, start)
+            elif index in needs:
+                self._ends.setdefault(index, self._drawn(op, self._start(op.position)))
+            elif index not in self._ends:
+                self._ends[index] = self._passed_over(op, self._start(op.position))
             for storage in last_use.get(index, ()):
                 self._finished(storage, storage in wanted)
 
