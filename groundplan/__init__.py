@@ -29,6 +29,7 @@ from .planner.memory import Memory
 from .planner.workload import Training
 from .report import Report
 from .tracer.errors import (
+    CheckpointError,
     DecisionError,
     GraphError,
     GroundplanError,
@@ -63,5 +64,6 @@ __all__ = [
     "MaterializeError",
     "UninitializedError",
     "RanksError",
+    "CheckpointError",
     "SpecError",
 ]

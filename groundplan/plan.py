@@ -24,6 +24,8 @@ from .planner.workload import Training
 from .report import Report
 from .runtime import Build, materialize_state, meta_module
 from .runtime import materialize as materialize_plan
+from .runtime.checkpoint import Rename, Source
+from .runtime.loading import Load
 from .runtime.materialize import Progress as ProgressCallback
 from .tracer.errors import DecisionError, MaterializeError, PlanFileError
 from .tracer.graph import ParamGraph
@@ -52,9 +54,13 @@ def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
 def materialize(
     module: torch.nn.Module,
     seed: int | None = None,
+    checkpoint: Source | None = None,
     *,
     rng: str = "eager",
     uninitialized: str = "error",
+    missing: str = "init",
+    unexpected: str = "error",
+    rename: Rename | None = None,
     device: str | torch.device | None = None,
     threads: int | None = None,
     group: Any = "world",
@@ -65,7 +71,8 @@ def materialize(
     The values are those of the single-device model, bit for bit, whatever the mesh: every DTensor gets its local shard of them,
     ordinary tensors all of them. It takes the place of `module.to_empty(...)` and the initialization that follows it. Submodules
     may be wrapped, renamed, moved or deleted before; parts may be filled one by one. `seed`, `rng`, `uninitialized` and
-    `threads` are as in `Plan.materialize`.
+    `threads` are as in `Plan.materialize`, and so are `checkpoint`, `missing`, `unexpected` and `rename`: of what the checkpoint
+    has, each rank reads only its own part.
 
     Tensors go to `device`, else where the plan says, else to the mesh's device (`cpu` with FSDP2's CPU offload).
 
@@ -73,7 +80,8 @@ def materialize(
     and wait for each other at the end: where one raises, dies, or does not come within `timeout` seconds (45 if None), all raise
     `RanksError`. On any failure the module and the generators are as they were.
 
-    Raises `MaterializeError`, naming the tensor, for a meta tensor that the plan does not know; `UninitializedError`.
+    Raises `MaterializeError`, naming the tensor, for a meta tensor that the plan does not know; `UninitializedError`;
+    `CheckpointError`.
 
     >>> module = materialize(trace(torch.nn.Linear, 3, 4).meta_module(), seed=0)
     >>> _ = torch.manual_seed(0)
@@ -82,7 +90,8 @@ def materialize(
     """
     from .runtime.inplace import materialize_module  # torch.distributed, which it imports, takes a second
 
-    return materialize_module(module, seed, rng, uninitialized, device, threads, group, timeout)
+    load = _load(checkpoint, missing, unexpected, rename)
+    return materialize_module(module, seed, rng, uninitialized, device, threads, group, timeout, load)
 
 
 @dataclass(frozen=True)
@@ -269,16 +278,20 @@ class Plan:
     def materialize(
         self,
         seed: int | None = None,
+        checkpoint: Source | None = None,
         *,
         rng: str = "eager",
         uninitialized: str = "error",
+        missing: str = "init",
+        unexpected: str = "error",
+        rename: Rename | None = None,
         threads: int | None = None,
         progress: bool | ProgressCallback = True,
         mesh: DeviceMesh | None = None,
         timeout: float | None = None,
         offload_dir: str | os.PathLike[str] | None = None,
     ) -> Any:
-        """Build the module, with the values that the eager constructor gives, bit for bit; any number of times.
+        r"""Build the module, with the values that the eager constructor gives, bit for bit; any number of times.
 
         `plan.materialize(seed=s)` is `torch.manual_seed(s); build(*args, **kwargs)` followed by the plan's casts and moves. The
         constructor runs again, for real. `seed=None` draws from, and advances, the global generator. `rng="keyed"` gives other
@@ -287,6 +300,14 @@ class Plan:
         terminal, or is called with (bytes done, bytes in all). Where the constructor leaves tensors without values,
         `UninitializedError` is raised, unless `uninitialized` says `"zero"` or `"empty"`. On any failure nothing half-built
         stays behind, and the generators stand where they stood.
+
+        `checkpoint` is a safetensors file, the index of several, a file of `torch.save`, a folder of
+        `torch.distributed.checkpoint` or of a model from the Hugging Face hub, or a state dict. What it has is read, not drawn:
+        each tensor once, only the part that is needed, straight into its final memory and dtype; nothing in it is executed. What
+        it does not have gets the value that the constructor gives it, and is listed by the logger `groundplan`, or is an error
+        with `missing="error"`. Names that the module does not have are an error unless `unexpected="ignore"`. `rename` gives
+        names their place in the module: regular expressions and their replacements, `{r"^model\.": ""}`, or a function; None
+        leaves a tensor out. The generators are left alone where nothing is drawn.
 
         A plan that shards is built by all ranks together: each makes the same call, and fills its own part only. They form the
         plan's mesh, or are that of `mesh`, whose axes have the plan's names and sizes; `timeout` is as in `gp.materialize`.
@@ -297,17 +318,22 @@ class Plan:
         >>> torch.equal(model.weight, torch.nn.Linear(3, 4).weight)
         True
         """
+        load = _load(checkpoint, missing, unexpected, rename)
         if self.decisions.sharding is not None:
             from .runtime.inplace import materialize_sharded
 
-            return materialize_sharded(self._bound, self.decisions, seed, rng, uninitialized, threads, mesh, timeout)
+            return materialize_sharded(self._bound, self.decisions, seed, rng, uninitialized, threads, mesh, timeout, load)
         if mesh is not None:
             raise MaterializeError("mesh= is given, and the plan does not shard; say plan.shard({axis: size, ...}) first")
         if self.decisions.placing is not None:
             from .runtime.dispatch import materialize_placed
 
-            return materialize_placed(self._bound, self.decisions, seed, rng, uninitialized, threads, offload_dir)
+            return materialize_placed(self._bound, self.decisions, seed, rng, uninitialized, threads, offload_dir, load)
         with _shown(progress, self.memory().phases["construct"]) as callback:
+            if load is not None:
+                from .runtime.inplace import materialize_loaded
+
+                return materialize_loaded(self._bound, self.decisions, load, seed, rng, uninitialized, threads, callback)
             return materialize_plan(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)
 
     def materialize_state(
@@ -343,6 +369,15 @@ class Plan:
                 f"that it was traced from, {self.decisions.constructor}"
             )
         return self._build
+
+
+def _load(checkpoint: Source | None, missing: str, unexpected: str, rename: Rename | None) -> Load | None:
+    """What the user says about a checkpoint; raises `MaterializeError` for what means nothing without one."""
+    if checkpoint is not None:
+        return Load(checkpoint, missing, unexpected, rename)
+    if missing != "init" or unexpected != "error" or rename is not None:
+        raise MaterializeError("missing=, unexpected= and rename= say what to do with a checkpoint; name it with checkpoint=PATH")
+    return None
 
 
 def _name_of(build: Callable[..., Any]) -> str:

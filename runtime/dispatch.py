@@ -26,6 +26,7 @@ from ..tracer.errors import MaterializeError
 from .build import Build
 from .check import check_device
 from .inplace import Whereto, fill_module
+from .loading import Load
 from .materialize import restored_on_failure
 from .meta import meta_module
 from .ranks import Ranks
@@ -42,6 +43,7 @@ def materialize_placed(
     uninitialized: str = "error",
     threads: int | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
+    load: Load | None = None,
 ) -> nn.Module:
     """The module, with every tensor where the plan places it, ready to be called on the first device.
 
@@ -58,7 +60,7 @@ def materialize_placed(
     with restored_on_failure(), _Folder(offload_dir, DISK in entries.values()) as folder:
         places = _Places(placing, folder)
         module: nn.Module = meta_module(build, decisions)
-        fill_module(module, Ranks(), seed, rng, uninitialized, places, threads)
+        fill_module(module, Ranks(), seed, rng, uninitialized, places, threads, load)
         folder.finish()
         where = None if folder.path is None else str(folder.path)
         accelerate.dispatch_model(module, device_map=entries, main_device=placing.main, offload_dir=where)

@@ -10,9 +10,11 @@ The steps of `materialize_module`:
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,21 +25,25 @@ from ..planner.check import check_decisions
 from ..planner.decisions import Decisions, Move, final_device
 from ..planner.records import device_name
 from ..tracer.ambient import host_random_from, one_at_a_time
-from ..tracer.errors import MaterializeError
+from ..tracer.collect import roots_of
+from ..tracer.errors import CheckpointError, MaterializeError
 from ..tracer.graph import ParamGraph, StreamPosition, TensorNode
+from ..tracer.liveness import slice_indices
 from ..tracer.streams import generator_states, generators_kept, restore_generators
 from .agreement import agreement
-from .boxes import Box
+from .boxes import Box, whole_box
 from .build import Build
 from .check import check_device, check_devices, check_rng, check_uninitialized
+from .entries import Entry
 from .keyed import KeyedReplay, Keys, drawn_seed
+from .loading import Load, Loading, Read, opened, read_all
 from .materialize import restored_on_failure
 from .meta import meta_module
 from .parallel import apply_sharding, check_mesh, group_of, mesh_of
 from .parts import PartialReplay, Wanted
 from .placing import check_hooks, place, renew_weak_references, wrapped
 from .ranks import Ranks, together
-from .regions import Indices, assembled, boxes_of, local_of
+from .regions import Indices, assembled, boxes_of, local_of, placed_boxes, region_of
 from .shared import Shared, Watched
 from .targets import Target, find_targets
 from .workers import Workers
@@ -52,6 +58,7 @@ def materialize_module(
     threads: int | None = None,
     group: Any = "world",
     timeout: float | None = None,
+    load: Load | None = None,
 ) -> nn.Module:
     """Give every meta tensor of `module`, which comes from `meta_module`, its values; returns the module.
 
@@ -59,7 +66,7 @@ def materialize_module(
     do not agree or one of them fails; the module and the generators are then as they were.
     """
     with together(group, timeout) as ranks:
-        return fill_module(module, ranks, seed, rng, uninitialized, device, threads)
+        return fill_module(module, ranks, seed, rng, uninitialized, device, threads, load)
 
 
 class Whereto:
@@ -82,12 +89,21 @@ def fill_module(
     uninitialized: str,
     device: str | torch.device | Whereto | None,
     threads: int | None,
+    load: Load | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """The same, for ranks that know of each other."""
+    """The same, for ranks that know of each other; `progress(done, total)` is called with bytes."""
     blueprint, targets = find_targets(module)
-    job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device)
-    with one_at_a_time, restored_on_failure(), Workers(threads) as workers:
+    with (
+        one_at_a_time,
+        restored_on_failure(),
+        Workers(threads) as workers,
+        opened(load, blueprint.build.graph, module) as loading,
+    ):
+        job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device, loading, progress)
         ranks.agree(job.says(seed) if ranks.count > 1 else {})
+        if loading is not None and ranks.rank == 0:
+            loading.matched.log_missing()
         held = _filled(job, seed, ranks, workers)
         made = [wrapped(target.tensor, local) for target, local in zip(targets, held, strict=True)]
         ranks.finish()
@@ -106,6 +122,7 @@ def materialize_sharded(
     threads: int | None = None,
     mesh: DeviceMesh | None = None,
     timeout: float | None = None,
+    load: Load | None = None,
 ) -> nn.Module:
     """The module that the plan says, divided on its mesh, this rank's part filled; every rank of the mesh makes the same call."""
     sharding = decisions.sharding
@@ -119,7 +136,26 @@ def materialize_sharded(
         if ranks.count > 1:  # before the mesh is made: whoever made it alone would wait for the others
             ranks.agree(agreement(build, decisions, seed))
         module = apply_sharding(meta_module(build, decisions), sharding, build.graph, mesh_of(sharding, device.type, mesh))
-        return fill_module(module, ranks, seed, rng, uninitialized, "cpu" if sharding.offload else device, threads)
+        return fill_module(module, ranks, seed, rng, uninitialized, "cpu" if sharding.offload else device, threads, load)
+
+
+def materialize_loaded(
+    build: Build,
+    decisions: Decisions,
+    load: Load,
+    seed: int | None = None,
+    rng: str = "eager",
+    uninitialized: str = "error",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """What the constructor returns, filled from a checkpoint and, where that has nothing, as the constructor does."""
+    check_decisions(decisions, build.graph)
+    built = meta_module(build, decisions)
+    root = nn.Module()
+    root._modules.update(roots_of(built))
+    fill_module(root, Ranks(), seed, rng, uninitialized, None, threads, load, progress)
+    return built
 
 
 @dataclass(frozen=True)
@@ -134,6 +170,9 @@ class _Job:
     whereto: Whereto | None
     rng: str
     uninitialized: str
+    sharing: frozenset[int]
+    loading: Loading | None
+    watch: _Watch
 
     @classmethod
     def of(
@@ -144,6 +183,8 @@ class _Job:
         rng: str,
         uninitialized: str,
         device: str | torch.device | Whereto | None,
+        loading: Loading | None,
+        progress: Callable[[int, int], None] | None,
     ) -> _Job:
         """Everything is checked that can be before the other ranks are asked."""
         check_rng(rng, build.graph)
@@ -154,16 +195,53 @@ class _Job:
         for each in dict.fromkeys(devices):
             check_device(each)
         whereto = device if isinstance(device, Whereto) else None
-        return cls(build, decisions, targets, _regions(targets), devices, whereto, rng, uninitialized)
+        watch = _Watch(sum(local_of(target.tensor).nbytes for target in targets), progress)
+        sharing = _sharing(targets)
+        regions = [_region(target, number in sharing) for number, target in enumerate(targets)]
+        return cls(build, decisions, targets, regions, devices, whereto, rng, uninitialized, sharing, loading, watch)
 
     def says(self, seed: int | None) -> dict[str, str]:
         """What the ranks have to agree on."""
         options = {"rng": self.rng, "uninitialized": self.uninitialized, "mesh": _meshes(self.targets)}
+        if self.loading is not None:
+            options["checkpoint"] = self.loading.says()
         return agreement(self.build, self.decisions, seed) | options
 
+    @cached_property
+    def entries(self) -> dict[int, Entry]:
+        """What the targets are read from, by their numbers; one that the checkpoint does not have is not among them."""
+        return {number: entry for number, entry in self._entries.items() if number not in self.sharing}
+
+    @cached_property
+    def entries_over(self) -> dict[int, Entry]:
+        """The same for targets that share memory with others: it is made whole before anything is read into it."""
+        return {number: entry for number, entry in self._entries.items() if number in self.sharing}
+
+    @cached_property
+    def _entries(self) -> dict[int, Entry]:
+        if self.loading is None:
+            return {}
+        found = ((number, self.loading.entry(target.node)) for number, target in enumerate(self.targets))
+        return {number: entry for number, entry in found if entry is not None}
+
+    def made_here(self, number: int) -> bool:
+        """Whether a target is made from its recipe: there is no entry for it."""
+        return number not in self.entries
+
+    def draws(self) -> bool:
+        """Whether anything that the checkpoint does not have depends on random numbers; the same on every rank."""
+        if self.loading is None or self.build.graph.seed_dependent:
+            return True
+        graph = self.build.graph
+        made = {tensor.view.storage for tensor in graph.tensors if self.loading.entry(tensor) is None}
+        sizes = {storage.index: storage.nbytes for storage in graph.storages}
+        writers = {storage: [op.index for op in ops] for storage, ops in graph.writers.items()}
+        return any(graph.ops[index].random for index in slice_indices(graph.ops, sizes, writers, made))
+
     def boxes(self) -> list[tuple[int, Box]]:
-        """The boxes that what is held here is made of, with the numbers of their targets."""
-        return [(number, box) for number, region in enumerate(self.regions) if region is not None for box in boxes_of(region)]
+        """The boxes that what is made here consists of, with the numbers of their targets."""
+        regions = ((number, region) for number, region in enumerate(self.regions) if self.made_here(number))
+        return [(number, box) for number, region in regions if region is not None for box in boxes_of(region)]
 
     def staying(self, nodes: Sequence[TensorNode]) -> frozenset[int]:
         """The storages whose elements are not converted or moved once they are made: drawn early, they take no more memory."""
@@ -181,17 +259,23 @@ class _Job:
 
 
 def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list[torch.Tensor]:
-    """What this rank holds of every target; the generators are left as the constructor leaves them."""
-    if job.rng == "keyed" and seed is None:
+    """What this rank holds of every target.
+
+    The generators are left as the constructor leaves them; where nothing is drawn, because a checkpoint has it all, as they are.
+    """
+    draws = job.draws()
+    if draws and job.rng == "keyed" and seed is None:
         seed = drawn_seed()
-    elif job.rng == "eager" and seed is not None:
+    elif draws and job.rng == "eager" and seed is not None:
         torch.manual_seed(seed)
     with host_random_from(job.build.origin.host), generators_kept():
         build = job.build.under_current_state()
         graph, nodes = build.graph, job.nodes(build.graph)
-        check_uninitialized(graph, job.uninitialized, {node.name for node in nodes})
+        made = [node for number, node in enumerate(nodes) if job.made_here(number) and number not in job.entries_over]
+        check_uninitialized(graph, job.uninitialized, {node.name for node in made})
         options = (graph.ops, graph.storages, generator_states(), job.uninitialized == "zero")
-        ends = [end for end in graph.ends if end.device == "cpu" or torch.cuda.is_available()] if job.rng == "eager" else []
+        ends = [end for end in graph.ends if end.device == "cpu" or torch.cuda.is_available()]
+        ends = ends if draws and job.rng == "eager" else []
         states = {}
         watched = Watched(workers, ranks)
         keys = Keys.of(seed or 0, graph) if job.rng == "keyed" else None
@@ -203,9 +287,13 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
             lengths = PartialReplay(*options, Shared(workers, ranks, replay, job.staying(nodes)))
             states, ends = lengths.run((), ends), []
             replay.follow(lengths)
+        loaded = _loaded(job, workers)
         found, reached = _replayed(job, nodes, replay, boxes, wanted, ends)
+        if job.loading is not None:
+            over = [each for number, entry in job.entries_over.items() for each in _reads(job, number, entry, found[number])]
+            read_all(over, job.loading.checkpoint, workers)
     restore_generators(states | reached)
-    return found
+    return [(found | loaded)[number] for number in range(len(nodes))]
 
 
 def _replayed(
@@ -215,22 +303,59 @@ def _replayed(
     boxes: Sequence[tuple[int, Box]],
     wanted: Wanted,
     ends: Sequence[StreamPosition],
-) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
     """The tensors that share memory first; then the others, or what is held here of them."""
     found: dict[int, torch.Tensor] = {}
-    ordinary = [number for number, region in enumerate(job.regions) if region is None]
+    made = [(number, region) for number, region in enumerate(job.regions) if job.made_here(number)]
+    ordinary = [number for number, region in made if region is None]
     for number, whole in zip(ordinary, replay.run_whole([nodes[number].view for number in ordinary]), strict=True):
         found[number] = _settled(whole, job, number)
     pieces, reached = replay.run_parts(wanted, ends, lambda entry, piece: _moved(piece, job, boxes[entry][0]))
     parts = iter(pieces)
-    for number, region in enumerate(job.regions):
+    for number, region in made:
         if region is not None:
             found[number] = _settled(assembled(region, [next(parts) for _ in boxes_of(region)]), job, number)
-    return [found[number] for number in range(len(nodes))], reached
+    return found, reached
+
+
+def _loaded(job: _Job, workers: Workers) -> dict[int, torch.Tensor]:
+    """What the checkpoint has, read into new memory; what is only handed over (to the disk) one tensor at a time."""
+    if job.loading is None:
+        return {}
+    found, at_once = {}, []
+    for number, entry in job.entries.items():
+        like, device = local_of(job.targets[number].tensor), job.devices[number]
+        handed_over = device.type == "meta" and job.whereto is not None
+        out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu" if handed_over else device)
+        reads = _reads(job, number, entry, out)
+        if handed_over:
+            read_all(reads, job.loading.checkpoint, workers, job.watch.add)
+            out = _moved(out, job, number)
+        else:
+            at_once += reads
+        found[number] = out
+    read_all(at_once, job.loading.checkpoint, workers, job.watch.add)
+    return found
+
+
+def _reads(job: _Job, number: int, entry: Entry, out: torch.Tensor) -> list[Read]:
+    """The boxes of an entry that make up what this rank holds of a target; a single element is a scalar too, as in torch 0.3."""
+    target, region = job.targets[number], job.regions[number]
+    if target.node.opaque and target.spec is not None:  # the constructor made a DTensor, whose whole the checkpoint has
+        shape = tuple(target.tensor.shape)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{target.path} has the shape {list(entry.shape)} in {entry.where} and {list(shape)} in the module"
+            )
+        region = region_of(shape, target.spec.mesh, target.spec.placements)
+    if region is None or target.spec is None or not out.dim():
+        return [Read(entry, whole_box(entry.shape), out if out.shape == entry.shape else out.view(entry.shape))]
+    return [Read(entry, box, out[tuple(slice(part.start, part.stop) for part in place)]) for box, place in placed_boxes(region)]
 
 
 def _moved(piece: torch.Tensor, job: _Job, number: int) -> torch.Tensor:
     target, device = job.targets[number], job.devices[number]
+    job.watch.add(piece.nbytes)
     if device.type == "meta" and job.whereto is not None and not piece.is_meta:
         job.whereto.leave(target, piece.to(target.tensor.dtype))
     return piece.to(device=device, dtype=target.tensor.dtype)
@@ -245,6 +370,21 @@ def _settled(tensor: torch.Tensor, job: _Job, number: int) -> torch.Tensor:
     if moved.stride() == like.stride() or not moved.numel() or moved.is_meta:
         return moved
     return torch.empty_strided(like.shape, like.stride(), dtype=moved.dtype, device=moved.device).copy_(moved)
+
+
+class _Watch:
+    """Adds up the bytes that are there, for whoever wants to watch."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._total, self._done, self._progress = total, 0, progress
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many more bytes are done."""
+        if self._progress is not None and nbytes:
+            with self._lock:
+                self._done = min(self._done + nbytes, self._total)
+                self._progress(self._done, self._total)
 
 
 # -- where it goes ------------------------------------------------------------------------------------------------------
@@ -265,13 +405,16 @@ def _devices(
     return [torch.device(final_device(target.node, storages[target.node.view.storage], decisions)) for target in targets]
 
 
-def _regions(targets: Sequence[Target]) -> list[list[Indices] | None]:
-    """What this rank holds of each target; None for an ordinary tensor that shares memory with another, which is made with it."""
+def _sharing(targets: Sequence[Target]) -> frozenset[int]:
+    """The numbers of the ordinary tensors that share memory with another, and are made with it."""
     sharing = Counter(target.node.view.storage for target in targets if target.spec is None)
-    return [_region(target, sharing[target.node.view.storage] > 1) for target in targets]
+    return frozenset(
+        number for number, target in enumerate(targets) if target.spec is None and sharing[target.node.view.storage] > 1
+    )
 
 
 def _region(target: Target, shares: bool) -> list[Indices] | None:
+    """What this rank holds of a target; None for an ordinary tensor that is made whole."""
     region = target.region()
     if region is not None or shares or target.node.opaque or not target.node.view.is_contiguous:
         return region

@@ -105,6 +105,15 @@ def boxes_of(region: Sequence[Indices]) -> list[Box]:
     return list(itertools.product(*region))
 
 
+def placed_boxes(region: Sequence[Indices]) -> list[tuple[Box, Box]]:
+    """The boxes that a region is made of, each with the positions of its elements in the tensor that holds the region."""
+    positions: list[Indices] = []
+    for indices in region:
+        starts = itertools.accumulate(map(len, indices), initial=0)
+        positions.append([range(start, start + len(part)) for start, part in zip(starts, indices, strict=False)])
+    return list(zip(itertools.product(*region), itertools.product(*positions), strict=True))
+
+
 def assembled(region: Sequence[Indices], pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """The tensor that holds a region, from the tensors of its boxes."""
 

@@ -9,6 +9,7 @@
     * `MaterializeError`: building failed; nothing half-built is left behind
         * `UninitializedError`: the constructor leaves tensors without values, and no source for them was given
         * `RanksError`: the processes that build together do not agree, or one of them failed
+        * `CheckpointError`: a checkpoint that cannot be read or written, or that is not this module's
     * `SpecError`: a command-line SPEC that names no constructor
 
 Errors that the user's own constructor raises are never wrapped: they come out as eager raises them.
@@ -57,6 +58,10 @@ class UninitializedError(MaterializeError):
 
 class RanksError(MaterializeError):
     """The ranks that build a module together do not agree, or one of them failed; the message names the rank."""
+
+
+class CheckpointError(MaterializeError):
+    """A checkpoint that cannot be read or written, or is not this module's; the message names the file and the tensors."""
 
 
 class SpecError(GroundplanError):

@@ -1,0 +1,132 @@
+"""Reading what a module takes from a checkpoint: straight into the final memory, in the files' order, on several threads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..tracer.errors import CheckpointError
+from ..tracer.graph import ParamGraph, TensorNode
+from .boxes import Box, whole_box
+from .checkpoint import Checkpoint, Rename, Source, open_checkpoint
+from .entries import Entry
+from .matching import Matched, matched
+from .pages import prefer_huge_pages
+from .workers import Workers
+
+_STRAIGHT = 2**24  # bytes that a thread reads at a time where they need no conversion
+_CONVERTED = 2**20  # and where they do: they stay in the cache in between
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the user says about a checkpoint: where it is, and what to do about names that it or the module does not have."""
+
+    source: Source
+    missing: str = "init"
+    unexpected: str = "error"
+    rename: Rename | None = None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """An open checkpoint, and what of it goes where."""
+
+    checkpoint: Checkpoint
+    matched: Matched
+    load: Load
+
+    def entry(self, node: TensorNode) -> Entry | None:
+        """What a tensor is read from; None for one that the checkpoint does not have."""
+        return self.matched.entries.get(node.name)
+
+    def says(self) -> str:
+        """What ranks that load together have to agree on."""
+        return f"{self.checkpoint.digest()} (missing={self.load.missing!r}, unexpected={self.load.unexpected!r})"
+
+
+@contextmanager
+def opened(load: Load | None, graph: ParamGraph, modules: Any) -> Iterator[Loading | None]:
+    """The checkpoint that the user names, for a module with `graph`; raises `CheckpointError` where it does not fit."""
+    if load is None:
+        yield None
+        return
+    with open_checkpoint(load.source) as checkpoint:
+        checkpoint = checkpoint.renamed(load.rename)
+        found = matched(graph, checkpoint, load.missing, load.unexpected)
+        check_ties(found)
+        yield Loading(checkpoint, found, load)
+
+
+class Read(NamedTuple):
+    """A box of an entry, and the memory for it."""
+
+    entry: Entry
+    box: Box
+    out: torch.Tensor
+
+
+def read_all(
+    reads: Iterable[Read], checkpoint: Checkpoint, workers: Workers, done: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    """Do all of them; `done` is told the bytes of each. Raises `CheckpointError`."""
+    reads = sorted(reads, key=lambda read: read.entry.position)
+    for read in reads:
+        if read.out.device.type == "cpu":
+            prefer_huge_pages(read.out.untyped_storage())
+
+    def body(read: Read) -> None:
+        read.entry.read(read.box, read.out)
+        done(read.out.nbytes)
+
+    workers.each(body, [piece for read in reads for piece in _pieces(read)])
+    checkpoint.check_unchanged()
+
+
+def _pieces(read: Read) -> Iterator[Read]:
+    """The same in pieces for several threads."""
+    if not read.entry.divisible or not read.out.numel():
+        yield read
+        return
+    item = max(read.out.dtype.itemsize, read.entry.dtype.itemsize)
+    straight = read.out.dtype == read.entry.dtype and read.out.device.type == "cpu"
+    yield from _cut(read, max(1, (_STRAIGHT if straight else _CONVERTED) // item))
+
+
+def _cut(read: Read, limit: int) -> Iterator[Read]:
+    entry, box, out = read
+    if out.numel() <= limit:
+        yield read
+        return
+    dim = next(dim for dim, part in enumerate(box) if len(part) > 1)
+    rows = max(1, limit // (out.numel() // len(box[dim])))
+    for start in range(0, len(box[dim]), rows):
+        part = box[dim][start : start + rows]
+        yield from _cut(Read(entry, (*box[:dim], part, *box[dim + 1 :]), out.narrow(dim, start, len(part))), limit)
+
+
+def check_ties(matched: Matched) -> None:
+    """Raise `CheckpointError` where a checkpoint holds a tied tensor twice, with different values."""
+    for name, first, other in matched.ties:
+        if _differ(first, other):
+            raise CheckpointError(
+                f"{first.name} and {other.name} are one tensor in the module, and {matched.where} has different values for them; "
+                f"untie them in the constructor, or leave one out: rename={{r'^{re.escape(name)}$': None}}"
+            )
+
+
+def _differ(first: Entry, other: Entry, rows: int = 2**22) -> bool:
+    if first.shape != other.shape:
+        return True
+    for read in _cut(Read(first, whole_box(first.shape), torch.empty(first.shape, device="meta")), rows):
+        one, two = (torch.empty(read.out.shape, dtype=each.dtype) for each in (first, other))
+        first.read(read.box, one)
+        other.read(read.box, two)
+        if not torch.equal(one.to(two.dtype), two):
+            return True
+    return False
