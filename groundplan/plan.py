@@ -361,6 +361,40 @@ class Plan:
         """
         return materialize_state(self._bound, self.decisions, names, seed, uninitialized, threads, rng)
 
+    def save_checkpoint(
+        self,
+        source: int | torch.nn.Module | None,
+        path: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        format: str = "safetensors",
+        rng: str = "eager",
+        uninitialized: str = "error",
+        threads: int | None = None,
+    ) -> None:
+        """Write an initial checkpoint straight from the plan, tensor by tensor: the whole model is never in memory.
+
+        `source` is a seed, or None for the generators as they are (they are left alone either way): the values are those of
+        `materialize(seed)`, casts done. Or it is a module, sharded ones included (all ranks call), whose state is written.
+
+        `path` ends in `.safetensors` for one file; else it is a folder, for files of at most `max_shard_size` (bytes, or `"5GB"`)
+        with an index, as transformers writes them, or with `format="dcp"` for torch.distributed.checkpoint. Tied tensors are
+        written once, under their first name. Nothing that is there is overwritten, and on failure nothing is left behind.
+
+        Raises `CheckpointError`.
+
+        >>> import tempfile
+        >>> plan = trace(torch.nn.Linear, 3, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plan.save_checkpoint(0, f"{folder}/initial.safetensors")
+        ...     loaded = plan.materialize(checkpoint=f"{folder}/initial.safetensors")
+        >>> torch.equal(loaded.weight, plan.materialize(seed=0).weight)
+        True
+        """
+        from .runtime.saving import save_checkpoint
+
+        save_checkpoint(self._bound, self.decisions, source, path, max_shard_size, format, rng, uninitialized, threads)
+
     @property
     def _bound(self) -> Build:
         if self._build is None:
