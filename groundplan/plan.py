@@ -331,7 +331,7 @@ class Plan:
             return materialize_placed(self._bound, self.decisions, seed, rng, uninitialized, threads, offload_dir, load)
         with _shown(progress, self.memory().phases["construct"]) as callback:
             if load is not None:
-                from .runtime.inplace import materialize_loaded
+                from .runtime.loaded import materialize_loaded
 
                 return materialize_loaded(self._bound, self.decisions, load, seed, rng, uninitialized, threads, callback)
             return materialize_plan(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)

@@ -25,7 +25,6 @@ from ..planner.check import check_decisions
 from ..planner.decisions import Decisions, Move, final_device
 from ..planner.records import device_name
 from ..tracer.ambient import host_random_from, one_at_a_time
-from ..tracer.collect import roots_of
 from ..tracer.errors import CheckpointError, MaterializeError
 from ..tracer.graph import ParamGraph, StreamPosition, TensorNode
 from ..tracer.liveness import slice_indices
@@ -137,25 +136,6 @@ def materialize_sharded(
             ranks.agree(agreement(build, decisions, seed))
         module = apply_sharding(meta_module(build, decisions), sharding, build.graph, mesh_of(sharding, device.type, mesh))
         return fill_module(module, ranks, seed, rng, uninitialized, "cpu" if sharding.offload else device, threads, load)
-
-
-def materialize_loaded(
-    build: Build,
-    decisions: Decisions,
-    load: Load,
-    seed: int | None = None,
-    rng: str = "eager",
-    uninitialized: str = "error",
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Any:
-    """What the constructor returns, filled from a checkpoint and, where that has nothing, as the constructor does."""
-    check_decisions(decisions, build.graph)
-    built = meta_module(build, decisions)
-    root = nn.Module()
-    root._modules.update(roots_of(built))
-    fill_module(root, Ranks(), seed, rng, uninitialized, None, threads, load, progress)
-    return built
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def _names(node: TensorNode) -> Iterator[str]:
 def _is_expected(node: TensorNode, graph: ParamGraph) -> bool:
     """Whether a state dict has it, and the constructor did not ask for the meta device itself."""
     in_state = node.kind == "parameter" or (node.kind == "buffer" and node.persistent)
+    in_state = in_state and not node.type.startswith("Uninitialized")  # a lazy module's, whose shape nobody knows yet
     return in_state and graph.storages[node.view.storage].device != "meta"
 
 
@@ -124,6 +125,8 @@ def converts(source: torch.dtype, target: torch.dtype) -> bool:
 def _unexpected(name: str, entry: Entry, graph: ParamGraph, expected: Mapping[str, TensorNode], lost: Sequence[str]) -> str:
     node = graph.by_name.get(name)
     if node is not None:
+        if node.type.startswith("Uninitialized"):
+            return f"{name} belongs to a lazy module, whose shapes the first call decides; load it after that"
         kind = "a buffer that is not persistent" if node.kind == "buffer" else f"an {node.kind}"
         return f"{name} is {kind} in the module: a state dict has no such key"
     return f"{name} {list(entry.shape)} is not in the module{nearest(name, lost or expected)}"

@@ -53,6 +53,12 @@ def remembered(module: nn.Module) -> Remembered | None:
     return found if isinstance(found, Remembered) else None
 
 
+def forget(module: nn.Module) -> None:
+    """Have the submodules of a filled meta module remember nothing: it is then as the constructor makes it."""
+    for each in module.modules():
+        each.__dict__.pop(_MEMORY, None)
+
+
 def meta_module(build: Build, decisions: Decisions) -> Any:
     """What `build()` returns, with the casts of `decisions` done to it, made of meta tensors; a new one at each call.
 
@@ -60,11 +66,28 @@ def meta_module(build: Build, decisions: Decisions) -> Any:
     """
     traced, built = traced_with_casts(build, decisions)
     _check_same(build, traced)
+    _check_hooks(built)
     release(built)
     blueprint = Blueprint(traced, decisions)
     for name, module in named_modules(built):
         module.__dict__[_MEMORY] = Remembered(blueprint, name)
     return built
+
+
+class HookedError(MaterializeError):
+    """The constructor hangs a gradient hook on a tensor, which a meta module does not have."""
+
+
+def _check_hooks(built: Any) -> None:
+    """Raise where a gradient hook would be lost: hooks hang on the traced tensors, which go."""
+    for prefix, module in named_modules(built):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
+                path = f"{prefix}.{name}" if prefix else name
+                raise HookedError(
+                    f"the constructor hangs a gradient hook on {path}, which a meta module does not have; "
+                    "register it after gp.materialize, or build with plan.materialize"
+                )
 
 
 def _check_same(build: Build, again: Build) -> None:

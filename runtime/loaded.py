@@ -1,0 +1,89 @@
+"""The module that a plan says, filled from a checkpoint; what that does not have gets the constructor's values.
+
+A meta module is filled in place: nothing is drawn that the checkpoint has. Where autograd knows something of the constructor's
+tensors (gradient hooks, a result with a `grad_fn`), only a real run of the constructor makes them; that is done, and then loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..planner.check import check_decisions
+from ..planner.decisions import Decisions
+from ..tracer.collect import roots_of
+from ..tracer.graph import View
+from .boxes import whole_box
+from .build import Build
+from .check import check_uninitialized
+from .inplace import fill_module
+from .loading import Load, Loading, Read, opened, read_all
+from .materialize import materialize, restored_on_failure
+from .meta import HookedError, forget, meta_module
+from .ranks import Ranks
+from .workers import Workers
+
+Progress = Callable[[int, int], None]
+
+
+def materialize_loaded(
+    build: Build,
+    decisions: Decisions,
+    load: Load,
+    seed: int | None = None,
+    rng: str = "eager",
+    uninitialized: str = "error",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """What the constructor returns, filled; raises `CheckpointError`, and nothing has happened then."""
+    check_decisions(decisions, build.graph)
+    try:
+        built = None if any(tensor.grad_fn for tensor in build.graph.tensors) else meta_module(build, decisions)
+    except HookedError:
+        built = None
+    if built is None:
+        return _run_and_loaded(build, decisions, load, seed, rng, uninitialized, threads, progress)
+    root = nn.Module()
+    root._modules.update(roots_of(built))
+    fill_module(root, Ranks(), seed, rng, uninitialized, None, threads, load, progress)
+    forget(root)
+    return built
+
+
+def _run_and_loaded(
+    build: Build,
+    decisions: Decisions,
+    load: Load,
+    seed: int | None,
+    rng: str,
+    uninitialized: str,
+    threads: int | None,
+    progress: Progress | None,
+) -> Any:
+    """The constructor is run for real, draws and all, and the checkpoint's values take the place of its own."""
+    with restored_on_failure(), opened(load, build.graph, None) as loading, Workers(threads) as workers:
+        assert loading is not None
+        check_uninitialized(build.graph, uninitialized, set(loading.matched.missing))
+        loading.matched.log_missing()
+        kept = "empty" if uninitialized == "error" else uninitialized
+        built = materialize(build, decisions, seed, kept, progress, threads, rng)
+        read_all(_reads(built, loading), loading.checkpoint, workers)
+    return built
+
+
+def _reads(built: Any, loading: Loading) -> Iterator[Read]:
+    for prefix, root in roots_of(built).items():
+        for name, tensor in (*root.named_parameters(prefix), *root.named_buffers(prefix)):
+            entry = loading.matched.entries.get(name)
+            if entry is not None:
+                yield Read(entry, whole_box(entry.shape), _alias(tensor).view(entry.shape))
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor over the same elements, which autograd knows nothing of."""
+    view = View(0, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    return view.over(tensor.untyped_storage())
