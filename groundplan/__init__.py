@@ -15,7 +15,7 @@ weight (4, 3) ['kaiming_uniform_(a=2.236)']
 bias (4,) ['uniform_(a=-0.5774, b=0.5774)']
 >>> plan = plan.cast(torch.bfloat16)                   # what to do
 >>> plan.memory().phases
-{'construct': 88, 'load': 56, 'checkpoint': 32}
+{'construct': 88, 'load': 32, 'checkpoint': 32}
 >>> model = plan.materialize(seed=0)                   # done
 >>> _ = torch.manual_seed(0)
 >>> torch.equal(model.weight, torch.nn.Linear(3, 4).to(torch.bfloat16).weight)

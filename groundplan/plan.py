@@ -143,7 +143,7 @@ class Plan:
         """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
 
         >>> trace(torch.nn.Linear, 3, 4).memory().phases
-        {'construct': 64, 'load': 112, 'checkpoint': 64}
+        {'construct': 64, 'load': 64, 'checkpoint': 64}
         """
         return memory(self.graph, self.decisions, workload)
 

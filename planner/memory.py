@@ -16,7 +16,7 @@ from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
 from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
-from .rank_memory import HOST, Change, rank_timelines
+from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
 from .workload import Training
 
 WAITING_BYTES = 2**20
@@ -162,7 +162,7 @@ def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None,
 
 def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: _Walk) -> dict[str, list[Change]]:
     weights = walk.resident()
-    found = {"construct": walk.changes, "load": [*weights, *_largest(weights, HOST)]}
+    found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
     state: list[Change] = []
     if workload is not None:
         gradients = list(_gradients(graph, decisions))
@@ -416,7 +416,7 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
     if decisions.steps:
         yield "construct converts what is merely filled while it is drawn, other tensors one at a time, as nn.Module.to does"
         yield "construct may take more where _apply is overridden (nn.LSTM)"
-    yield "load reads a checkpoint of the final dtypes one tensor at a time, each by way of host memory"
+    yield LOAD_NOTE
     if workload is not None:
         yield "training: activations and temporary workspaces are not included yet"
         yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
@@ -430,7 +430,7 @@ def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str
         yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
-    yield "load reads a checkpoint of the final dtypes one part at a time, each by way of host memory"
+    yield LOAD_NOTE
     if workload is not None:
         yield "training: activations, gathered units and communication buffers are not included yet"
         yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"

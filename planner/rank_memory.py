@@ -20,6 +20,11 @@ from .placing import DISK
 from .sharding import Axis, Cut, Sharding
 from .workload import Training
 
+READ_BYTES = 2**24
+"""The bytes of a checkpoint that one thread reads at a time."""
+
+LOAD_NOTE = "load reads a checkpoint straight into the tensors; on another device than the CPU piece by piece by way of host memory"
+
 HOST = "cpu"
 
 
@@ -87,7 +92,7 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
     for each in held:
         constructed += [_change(each, each.working), _change(each, each.nbytes), _change(each, -each.working)]
         weights.append(_change(each, each.nbytes))
-    found = {"construct": constructed, "load": [*weights, *_largest(weights)]}
+    found = {"construct": constructed, "load": [*weights, *staged(weights)]}
     state: list[Change] = []
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize) for each in held]
@@ -114,6 +119,13 @@ def _is_ddp(decisions: Decisions) -> bool:
 
 def _change(held: Held, nbytes: int) -> Change:
     return Change(held.device, held.tensor.name, nbytes)
+
+
+def staged(weights: Sequence[Change]) -> list[Change]:
+    """What a checkpoint's pieces take in host memory on their way to another device; what stays there is read in place."""
+    away = [change for change in weights if change.device != HOST]
+    largest = max(away, key=lambda change: change.nbytes, default=None)
+    return [] if largest is None else [Change(HOST, largest.tensor, min(largest.nbytes, READ_BYTES))]
 
 
 def _largest(changes: Sequence[Change]) -> list[Change]:

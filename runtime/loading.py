@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..planner.rank_memory import READ_BYTES
 from ..tracer.errors import CheckpointError
 from ..tracer.graph import ParamGraph, TensorNode
 from .boxes import Box, whole_box
@@ -19,8 +20,7 @@ from .matching import Matched, matched
 from .pages import prefer_huge_pages
 from .workers import Workers
 
-_STRAIGHT = 2**24  # bytes that a thread reads at a time where they need no conversion
-_CONVERTED = 2**20  # and where they do: they stay in the cache in between
+_CONVERTED = 2**20  # bytes that a thread reads at a time where they are converted: they stay in the cache in between
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _pieces(read: Read) -> Iterator[Read]:
         return
     item = max(read.out.dtype.itemsize, read.entry.dtype.itemsize)
     straight = read.out.dtype == read.entry.dtype and read.out.device.type == "cpu"
-    yield from _cut(read, max(1, (_STRAIGHT if straight else _CONVERTED) // item))
+    yield from _cut(read, max(1, (READ_BYTES if straight else _CONVERTED) // item))
 
 
 def _cut(read: Read, limit: int) -> Iterator[Read]:
