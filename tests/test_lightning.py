@@ -364,6 +364,19 @@ def test_what_empty_init_skips_is_never_taken_for_a_value() -> None:
         plan.materialize(seed=0)
 
 
+@needs_checkpoint
+def test_a_partial_checkpoint_leaves_nothing_uninitialized(tmp_path: Path) -> None:
+    """Which is what Fabric warns of."""
+    path, build, fabric = tmp_path / "model.pt", MODELS["nn.Transformer"], fabric_of("bf16-true")
+    saved = constructed(fabric, build, seed=5).state_dict()
+    expected = constructed(fabric, build, seed=1).state_dict() | {name: saved[name] for name in saved if "decoder" not in name}
+    torch.save({name: tensor for name, tensor in saved.items() if "decoder" not in name}, path)
+    plan = gp.lightning.trace(fabric, build)
+    built = plan.materialize(seed=1, checkpoint=path).state_dict()  # type: ignore[call-arg,unused-ignore]
+    for name, tensor in expected.items():
+        assert torch.equal(built[name], tensor), name
+
+
 class Classifier(LightningModule):  # type: ignore[misc]
     """A small LightningModule whose network is made with it."""
 
