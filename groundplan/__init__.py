@@ -22,6 +22,7 @@ bias (4,) ['uniform_(a=-0.5774, b=0.5774)']
 True
 """
 
+from . import lightning
 from .explain import Explanation
 from .plan import Plan, materialize, trace
 from .planner.decisions import Decisions, groundplan_version
@@ -48,6 +49,7 @@ __version__ = groundplan_version()
 __all__ = [
     "trace",
     "materialize",
+    "lightning",
     "Plan",
     "ParamGraph",
     "Decisions",
