@@ -23,7 +23,7 @@ from .workload import Training
 READ_BYTES = 2**24
 """The bytes of a checkpoint that one thread reads at a time."""
 
-LOAD_NOTE = "load reads a checkpoint straight into the tensors; on another device than the CPU piece by piece by way of host memory"
+LOAD_NOTE = "load reads a checkpoint straight into the tensors; on other devices than the CPU a piece at a time, through the host"
 
 HOST = "cpu"
 
