@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tracer.errors import MaterializeError
+from ..tracer.errors import CheckpointError
 from .boxes import Box, whole_box
-from .tiles import Entry, Tiled, TiledEntry, Untiled, files_of
+from .entries import Entry
+from .tiles import Tiled, TiledEntry, Untiled, files_of
 from .unwrapped import inside, plain_class, unwrapped
 
 
@@ -51,19 +52,23 @@ class Converted:
 def can_load(module: nn.Module, directory: str | os.PathLike[str]) -> bool:
     """Whether `directory` is one that transformers loads from, and `module`, maybe sharded or wrapped, a model of transformers.
 
-    Raises `MaterializeError` where the checkpoint there is a quantized one.
+    Raises `CheckpointError` where the checkpoint there is a quantized one.
     """
-    config = _config_of(Path(directory))
-    if not _is_pretrained(module) or "model_type" not in config:
+    if not _is_pretrained(module) or not is_transformers(directory):
         return False
-    _check_not_quantized(config, directory)
+    _check_not_quantized(_config_of(Path(directory)), directory)
     return True
+
+
+def is_transformers(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory's `config.json` is one of transformers, and the process uses transformers at all."""
+    return "transformers.modeling_utils" in sys.modules and "model_type" in _config_of(Path(directory))
 
 
 def converted(module: nn.Module, entries: Mapping[str, Entry]) -> Converted:
     """The entries of a hub's checkpoint, given by their names in its files, by the names of `module`, which `can_load` accepts.
 
-    Raises `MaterializeError` where a conversion of transformers fails, as it does for tensors that do not fit together.
+    Raises `CheckpointError` where a conversion of transformers fails, as it does for tensors that do not fit together.
     """
     model: Any = unwrapped(module)
     conversions = _conversions(model)
@@ -119,7 +124,7 @@ def _check_not_quantized(config: Mapping[str, Any], directory: str | os.PathLike
     if quantized is None:
         return
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    raise MaterializeError(
+    raise CheckpointError(
         f"the checkpoint in {os.fspath(directory)} is quantized (quantization_config: {method or 'no quant_method given'}), and "
         "its tensors are no plain weights. Save it without quantization first: model = from_pretrained(directory); "
         "model.dequantize(); model.save_pretrained(other), or load it with from_pretrained itself"
@@ -145,7 +150,7 @@ def _conversions(model: Any) -> list[Any]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError as error:
-        raise MaterializeError(
+        raise CheckpointError(
             f"reading a hub's checkpoint needs a newer transformers ({error}): pip install --upgrade transformers"
         ) from error
     return list(get_model_conversion_mapping(model))
@@ -209,7 +214,7 @@ def _run(job: _Job, model: Any, tensors: dict[str, list[Any]]) -> dict[str, Any]
     except Exception as error:
         sources = [each for group in job.sources.values() for each in group]
         shapes = ", ".join(f"{each.name} {list(each.shape)}" for each in sources[:4]) + ", …" * (len(sources) > 4)
-        raise MaterializeError(
+        raise CheckpointError(
             f"transformers' conversion of {len(sources)} tensors ({shapes}, in {files_of(sources)}) into {job.name} fails: "
             f"{error}. The checkpoint may be of another model, or not whole"
         ) from error
@@ -275,9 +280,15 @@ class _ComputedEntry:
     computation: _Computation
     latest: _Latest
 
+    divisible = False
+
     @property
     def where(self) -> str:
         return files_of(self.computation.sources())
+
+    @property
+    def position(self) -> tuple[str, int]:
+        return self.computation.sources()[0].position
 
     def read(self, box: Box, out: torch.Tensor) -> None:
         whole = self.latest.value(self.computation, self.name)
@@ -318,6 +329,8 @@ class _TwiceStored:
     other_name: str
     other: Entry
 
+    divisible = True
+
     @property
     def name(self) -> str:
         return self.entry.name
@@ -334,6 +347,10 @@ class _TwiceStored:
     def where(self) -> str:
         return self.entry.where
 
+    @property
+    def position(self) -> tuple[str, int]:
+        return self.entry.position
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """The box, and the other's to compare it with: twice the bytes, but few checkpoints are so."""
         self.entry.read(box, out)
@@ -341,7 +358,7 @@ class _TwiceStored:
         if self.other.shape == self.shape:
             self.other.read(box, again)
         if self.other.shape != self.shape or not torch.equal(out, again):
-            raise MaterializeError(
+            raise CheckpointError(
                 f"{self.other_name} is tied to another weight in this model, and the checkpoint holds different values for them "
                 f"({self.name} in {self.where}, {self.other.name} in {self.other.where}): build the model with "
                 "tie_word_embeddings=False in its config, as from_pretrained would untie it"

@@ -93,11 +93,12 @@ def fill_module(
 ) -> nn.Module:
     """The same, for ranks that know of each other; `progress(done, total)` is called with bytes."""
     blueprint, targets = find_targets(module)
+    uncast = blueprint.decisions.model_copy(update={"steps": ()})  # the blueprint's constructor casts already
     with (
         one_at_a_time,
         restored_on_failure(),
         Workers(threads) as workers,
-        opened(load, blueprint.build.graph, module) as loading,
+        opened(load, blueprint.build.graph, lambda: meta_module(blueprint.build, uncast)) as loading,
     ):
         job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device, loading, progress)
         ranks.agree(job.says(seed) if ranks.count > 1 else {})
@@ -109,6 +110,8 @@ def fill_module(
         for target, tensor in zip(targets, made, strict=True):
             place(target, tensor)
         renew_weak_references(module)
+        if loading is not None:
+            loading.finish(module)
     return module
 
 

@@ -65,13 +65,15 @@ def _run_and_loaded(
     progress: Progress | None,
 ) -> Any:
     """The constructor is run for real, draws and all, and the checkpoint's values take the place of its own."""
-    with restored_on_failure(), opened(load, build.graph, None) as loading, Workers(threads) as workers:
+    with restored_on_failure(), opened(load, build.graph, build) as loading, Workers(threads) as workers:
         assert loading is not None
         check_uninitialized(build.graph, uninitialized, set(loading.matched.missing))
         loading.matched.log_missing()
         kept = "empty" if uninitialized == "error" else uninitialized
         built = materialize(build, decisions, seed, kept, progress, threads, rng)
         read_all(_reads(built, loading), loading.checkpoint, workers)
+        for root in roots_of(built).values():
+            loading.finish(root)
     return built
 
 

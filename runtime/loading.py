@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..planner.rank_memory import READ_BYTES
+from ..tracer.collect import roots_of
 from ..tracer.errors import CheckpointError
 from ..tracer.graph import ParamGraph, TensorNode
 from .boxes import Box, whole_box
 from .checkpoint import Checkpoint, Rename, Source, open_checkpoint
 from .entries import Entry
+from .hub import Converted, can_load, converted, finish_loading, is_transformers
 from .matching import Matched, matched
 from .pages import prefer_huge_pages
 from .workers import Workers
@@ -40,6 +43,7 @@ class Loading:
     checkpoint: Checkpoint
     matched: Matched
     load: Load
+    converted: Converted | None = None
 
     def entry(self, node: TensorNode) -> Entry | None:
         """What a tensor is read from; None for one that the checkpoint does not have."""
@@ -49,18 +53,42 @@ class Loading:
         """What ranks that load together have to agree on."""
         return f"{self.checkpoint.digest()} (missing={self.load.missing!r}, unexpected={self.load.unexpected!r})"
 
+    def finish(self, module: nn.Module) -> None:
+        """Give a model of a library what its directory says besides tensors."""
+        if self.converted is not None and self.checkpoint.folder is not None:
+            for each in (module, *module.children()):
+                if can_load(each, self.checkpoint.folder):
+                    finish_loading(each, self.checkpoint.folder, self.converted)
+                    return
+
 
 @contextmanager
-def opened(load: Load | None, graph: ParamGraph, modules: Any) -> Iterator[Loading | None]:
-    """The checkpoint that the user names, for a module with `graph`; raises `CheckpointError` where it does not fit."""
+def opened(load: Load | None, graph: ParamGraph, pristine: Callable[[], Any]) -> Iterator[Loading | None]:
+    """The checkpoint that the user names, for a module with `graph`; raises `CheckpointError` where it does not fit.
+
+    `pristine()` is such a module before anybody has changed it, for libraries that look at theirs to say what a file holds.
+    """
     if load is None:
         yield None
         return
     with open_checkpoint(load.source) as checkpoint:
         checkpoint = checkpoint.renamed(load.rename)
-        found = matched(graph, checkpoint, load.missing, load.unexpected)
+        converted = _converted(checkpoint, pristine)
+        if converted is not None:
+            unexpected = {key: checkpoint.entries[key] for key in converted.unexpected}
+            checkpoint = replace(checkpoint, entries=dict(converted.entries) | unexpected)
+        optional = () if converted is None else converted.optional
+        found = matched(graph, checkpoint, load.missing, load.unexpected, optional)
         check_ties(found)
-        yield Loading(checkpoint, found, load)
+        yield Loading(checkpoint, found, load, converted)
+
+
+def _converted(checkpoint: Checkpoint, pristine: Callable[[], Any]) -> Converted | None:
+    """What a hub's directory holds for a model of its library; None for any other."""
+    if checkpoint.folder is None or not is_transformers(checkpoint.folder):
+        return None
+    roots = list(roots_of(pristine()).values())
+    return converted(roots[0], checkpoint.entries) if len(roots) == 1 and can_load(roots[0], checkpoint.folder) else None
 
 
 class Read(NamedTuple):

@@ -53,8 +53,13 @@ class Matched:
             )
 
 
-def matched(graph: ParamGraph, checkpoint: Checkpoint, missing: str = "init", unexpected: str = "error") -> Matched:
-    """Find the entry of every parameter and persistent buffer; raises one `CheckpointError` that lists all that does not fit."""
+def matched(
+    graph: ParamGraph, checkpoint: Checkpoint, missing: str = "init", unexpected: str = "error", optional: Sequence[str] = ()
+) -> Matched:
+    """Find the entry of every parameter and persistent buffer; raises one `CheckpointError` that lists all that does not fit.
+
+    The `optional` names may be missing without a word.
+    """
     _check_options(missing, unexpected)
     expected = {name: node for node in graph.tensors for name in _names(node) if _is_expected(node, graph)}
     found: dict[str, Entry] = {}
@@ -75,6 +80,7 @@ def matched(graph: ParamGraph, checkpoint: Checkpoint, missing: str = "init", un
     lost = tuple(node.name for node in graph.tensors if _is_expected(node, graph) and not _has(checkpoint, node))
     if unexpected == "error":
         problems += [_unexpected(name, checkpoint.entries[name], graph, expected, lost) for name in ignored]
+    lost = tuple(name for name in lost if name not in optional)
     if missing == "error":
         problems += [f"{name} is missing{nearest(name, ignored)}" for name in lost]
     if problems:

@@ -9,32 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .boxes import Box
+from .entries import Entry
 
 aten = torch.ops.aten
-
-
-class Entry(Protocol):
-    """One tensor of a checkpoint."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def where(self) -> str:
-        """The file, for messages."""
-        ...
-
-    def read(self, box: Box, out: torch.Tensor) -> None:
-        """Fill `out`, which has the box's lengths, any dtype, strides and device, with this box of the tensor."""
-        ...
 
 
 class Untiled(Exception):
@@ -135,10 +117,17 @@ class TiledEntry:
     dtype: torch.dtype
     tiles: tuple[Tile, ...]
 
+    divisible = True
+
     @property
     def where(self) -> str:
         """The files that the sources are in."""
         return files_of(tile.source for tile in self.tiles)
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """That of the first source."""
+        return self.tiles[0].source.position if self.tiles else ("", 0)
 
     def read(self, box: Box, out: torch.Tensor) -> None:
         """Fill `out` with this box of the tensor."""

@@ -24,8 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import groundplan as gp
 from groundplan.runtime.boxes import Box, whole_box
+from groundplan.runtime.entries import Entry
 from groundplan.runtime.hub import Converted, can_load, converted, finish_loading
-from groundplan.runtime.tiles import Entry
 
 from .hub_models import Small, inputs_of, mixture, outputs_of, small
 
@@ -71,6 +71,9 @@ class Stored:
     file: Any
     reads: list[int]
 
+    divisible = True
+    position = ("", 0)
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         assert tuple(map(len, box)) == tuple(out.shape)
         self.reads.append(out.numel())
@@ -94,9 +97,7 @@ def entries_of(directory: Path) -> dict[str, Stored]:
 def loaded(build: Callable[[], Any], directory: Path) -> Any:
     """Load with groundplan."""
     torch.manual_seed(2)
-    module = build()
-    filled(module, converted(module, entries_of(directory)).entries)
-    return module
+    return gp.trace(build).materialize(checkpoint=directory, unexpected="ignore")
 
 
 def filled(module: nn.Module, entries: Mapping[str, Entry]) -> None:
@@ -314,6 +315,9 @@ class Held:
     name: str
     tensor: torch.Tensor
     where: str = "memory"
+
+    divisible = True
+    position = ("", 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
