@@ -28,7 +28,7 @@ from torch import nn
 
 from ..tracer.errors import MaterializeError
 from .boxes import Box, whole_box
-from .tiles import Entry, Tiled, Untiled, files_of
+from .tiles import Entry, Tiled, TiledEntry, Untiled, files_of
 from .unwrapped import inside, plain_class, unwrapped
 
 
@@ -83,7 +83,8 @@ def converted(module: nn.Module, entries: Mapping[str, Entry]) -> Converted:
 def finish_loading(module: nn.Module, directory: str | os.PathLike[str], checkpoint: Converted) -> None:
     """Give a loaded model what `from_pretrained` gives it besides tensors: the generation config, and the way to save it back.
 
-    A custom `generate` that a directory brings along is code, and stays there.
+    A custom `generate` that a directory brings along is code, and stays there. The module is left in the mode that it is in,
+    which after a constructor is training, where `from_pretrained` says `.eval()`.
     """
     kept = inside(module)
     kept._weight_conversions = list(checkpoint.conversions)  # type: ignore[assignment]
@@ -141,8 +142,12 @@ class _Job:
 
 
 def _conversions(model: Any) -> list[Any]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError as error:
+        raise MaterializeError(
+            f"reading a hub's checkpoint needs a newer transformers ({error}): pip install --upgrade transformers"
+        ) from error
     return list(get_model_conversion_mapping(model))
 
 
@@ -282,7 +287,9 @@ class _ComputedEntry:
 def _sources(entry: Entry) -> list[Entry]:
     if isinstance(entry, _ComputedEntry):
         return entry.computation.sources()
-    return list({id(tile.source): tile.source for tile in getattr(entry, "tiles", ())}.values()) or [entry]
+    if isinstance(entry, TiledEntry):
+        return list({id(tile.source): tile.source for tile in entry.tiles}.values())
+    return [entry]
 
 
 # -- 3. tied weights ----------------------------------------------------------------------------------------------------
@@ -328,7 +335,7 @@ class _TwiceStored:
         return self.entry.where
 
     def read(self, box: Box, out: torch.Tensor) -> None:
-        """The box, and the other's, to compare: two names for one weight are an old habit, and a rank compares what it holds."""
+        """The box, and the other's to compare it with: twice the bytes, but few checkpoints are so."""
         self.entry.read(box, out)
         again = torch.empty_like(out)
         if self.other.shape == self.shape:

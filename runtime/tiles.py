@@ -7,7 +7,6 @@ out knows where each of its elements is stored. So a rank that holds three exper
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -98,7 +97,7 @@ class Tile:
     def moved(self, dim: int, by: int) -> Tile:
         """Farther along in the tensor."""
         side = self.sides[dim]
-        return self._with_side(dim, dataclasses.replace(side, start=side.start + by))
+        return self._with_side(dim, Side(side.start + by, side.length, side.dim))
 
     def cut(self, dim: int, start: int, stop: int) -> Tile | None:
         """What lies from `start` to `stop` along a dim, counted from there; None where that is nothing."""
@@ -109,22 +108,22 @@ class Tile:
         first = list(self.first)
         if side.dim is not None:
             first[side.dim] += begin - side.start
-        return dataclasses.replace(self, first=tuple(first))._with_side(dim, Side(begin - start, end - begin, side.dim))
+        return Tile(self.source, tuple(first), self.sides)._with_side(dim, Side(begin - start, end - begin, side.dim))
 
     def with_dim(self, dim: int) -> Tile:
         """With a new dim of one element."""
-        return dataclasses.replace(self, sides=(*self.sides[:dim], Side(0, 1, None), *self.sides[dim:]))
+        return Tile(self.source, self.first, (*self.sides[:dim], Side(0, 1, None), *self.sides[dim:]))
 
     def without_dim(self, dim: int) -> Tile:
         """Without a dim of one element."""
-        return dataclasses.replace(self, sides=(*self.sides[:dim], *self.sides[dim + 1 :]))
+        return Tile(self.source, self.first, (*self.sides[:dim], *self.sides[dim + 1 :]))
 
     def permuted(self, order: Sequence[int]) -> Tile:
         """With the dims in another order."""
-        return dataclasses.replace(self, sides=tuple(self.sides[dim] for dim in order))
+        return Tile(self.source, self.first, tuple(self.sides[dim] for dim in order))
 
     def _with_side(self, dim: int, side: Side) -> Tile:
-        return dataclasses.replace(self, sides=(*self.sides[:dim], side, *self.sides[dim + 1 :]))
+        return Tile(self.source, self.first, (*self.sides[:dim], side, *self.sides[dim + 1 :]))
 
 
 @dataclass(frozen=True)

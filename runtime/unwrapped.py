@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +26,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _copied(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     module = inside(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return module  # its attributes are not in its `__dict__`, and no library looks it up
     if id(module) not in done:
         copy = done[id(module)] = _of_class(plain_class(module), module.__dict__)
         children = {name: child and _copied(child, done) for name, child in module._modules.items()}
