@@ -16,13 +16,16 @@ from ..tracer.errors import CheckpointError
 from .entries import Entry, Held, Stored, Strange
 from .files import File, Slice
 
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_ZIP, _PICKLE = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _STATE = "state_dict"
 
 
 def is_torch(head: bytes) -> bool:
-    """Whether a file that begins so is one of `torch.save`, of today's form or the one before torch 1.6."""
-    return head.startswith((_ZIP, _PICKLE))
+    """Whether a file that begins so is one of `torch.save`, of today's form or the one before torch 1.6.
+
+    The length of a safetensors header may begin as a pickle does; behind it there is a brace then.
+    """
+    return head.startswith(_ZIP) or (head.startswith(_PICKLE) and not (head[5:8] == b"\0\0\0" and head[8:9] == b"{"))
 
 
 def entries(file: File) -> dict[str, Entry]:
