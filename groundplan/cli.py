@@ -142,6 +142,9 @@ def materialize(
     device: DeviceOption = None,
     rng: Annotated[str, typer.Option(help="`eager`, or `keyed`: values by the seed and each name alone.")] = "eager",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that draw random numbers; all cores if not given.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Read values from there; what it does not have is drawn.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already in DIR.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -151,7 +154,7 @@ def materialize(
         plan = _plan(parsed, dtype, device)
         _check_room(plan, out)
         with _constructing(parsed.name):
-            model = plan.materialize(seed=seed, rng=rng, threads=threads)
+            model = plan.materialize(seed=seed, checkpoint=checkpoint, rng=rng, threads=threads)
         saved = save_state(named_state(model), written.temporary(WEIGHTS))
         if parsed.config:
             write_config(parsed.config, model, written.temporary(CONFIG))

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -104,6 +105,7 @@ def readme_code() -> dict[str, list[str]]:
 
 
 SHARDED = "Sharded: each rank only its own part"
+CHECKPOINTS = "Checkpoints"
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
-    code = [block for heading, blocks in readme_code().items() if heading != SHARDED for block in blocks]
+    code = [block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS) for block in blocks]
     assert len(code) == 3
     for each in code:
         exec(each, names)
@@ -143,6 +145,20 @@ def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
     names["plan"] = gp.trace(MyModel, 8)
     with pytest.raises(gp.GroundplanError, match="cuda:0"):
         exec(built.partition("\n\n")[2], names)
+
+
+def test_the_readmes_code_on_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = MyModel(8).state_dict()
+    save_file(state, "model.safetensors")
+    save_file({name: value for name, value in state.items() if name != "lm_head.bias"}, "part.safetensors")
+    torch.save({"state_dict": {f"net.{name}": value for name, value in state.items()} | {"old": torch.ones(1)}}, "trainer.ckpt")
+    (block,) = readme_code()[CHECKPOINTS]
+    names: dict[str, Any] = {"gp": gp, "MyModel": MyModel, "args": (8,), "kwargs": {}}
+    exec(block, names)
+    for name, value in names["model"].state_dict().items():
+        assert torch.equal(value, state[name])
+    assert load_file("initial/model.safetensors").keys() == state.keys()
 
 
 def llama() -> nn.Module:
