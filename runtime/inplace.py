@@ -263,11 +263,12 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
         watched = Watched(workers, ranks)
         keys = Keys.of(seed or 0, graph) if job.rng == "keyed" else None
         replay = PartialReplay(*options, watched) if keys is None else KeyedReplay(keys, *options, watched)
+        replay.staying = job.staying(nodes)
         boxes = job.boxes()
         wanted = [(nodes[number].view, box) for number, box in boxes]
         if ends and ranks.count > 1:
             replay.prepare(wanted)
-            lengths = PartialReplay(*options, Shared(workers, ranks, replay, job.staying(nodes)))
+            lengths = PartialReplay(*options, Shared(workers, ranks, replay, replay.staying))
             states, ends = lengths.run((), ends), []
             replay.follow(lengths)
         loaded = _loaded(job, workers)

@@ -7,6 +7,7 @@ huge pages inside the tensor are asked for, so that it takes no more memory than
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 HUGE = 2**21
+_PASSING = 2**20  # bytes
 _ADVICE = 14  # MADV_HUGEPAGE
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -28,6 +30,16 @@ def prefer_huge_pages(storage: torch.UntypedStorage) -> None:
     length = (storage.data_ptr() + nbytes - start) // HUGE * HUGE
     if length > 0:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _ADVICE)
+
+
+def passing_row(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """New memory, zeroed, that goes back to the system as soon as it is dropped.
+
+    What `torch.empty` gives back stays with malloc, which does not find room in it for the next aligned request of that size.
+    """
+    if numel * dtype.itemsize < _PASSING:
+        return torch.zeros(numel, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize), dtype=dtype)
 
 
 def huge_pages() -> str:

@@ -20,7 +20,7 @@ from .boxes import Box, cut_rows, fill_box, whole_box
 from .cuda import SCRATCH, CudaFill
 from .fill import Fill
 from .filler import Threaded
-from .pages import prefer_huge_pages
+from .pages import passing_row, prefer_huge_pages
 from .truncated import Settler, Truncated
 from .windows import Window, Windows, broadcast, draws_by_element, memory_order
 
@@ -39,6 +39,7 @@ class PartialReplay(Replay):
         self, ops: Sequence[Any], records: Sequence[Any], states: Mapping[str, torch.Tensor], zeros: bool, filler: Threaded
     ) -> None:
         super().__init__(ops, records, states, zeros, filler)
+        self.staying: frozenset[int] | None = None  # the storages whose memory is kept by whoever asked; None: that may be any
         self._threaded = filler
         self._windows: dict[int, Window] = {}
         self._made: dict[int, torch.Tensor] = {}
@@ -136,9 +137,11 @@ class PartialReplay(Replay):
         """The window's elements, a tensor with the reference's dims in the reference's order of memory."""
         if index not in self._made:
             window = self._windows[index]
-            make = torch.zeros if self._zeros else torch.empty
-            size = math.prod(map(len, window.box))
-            made = make(size, dtype=window.reference.dtype, device=self._records[index].device)
+            size, dtype, device = math.prod(map(len, window.box)), window.reference.dtype, self._records[index].device
+            if self.staying is None or index in self.staying or device != "cpu":
+                made = (torch.zeros if self._zeros else torch.empty)(size, dtype=dtype, device=device)
+            else:
+                made = passing_row(size, dtype)
             prefer_huge_pages(made.untyped_storage())
             self._made[index] = window.over(made)
         return self._made[index]

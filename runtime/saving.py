@@ -327,7 +327,9 @@ def _save_dcp(state: _State, path: Path) -> None:
         from torch.distributed.checkpoint.state_dict_saver import save
 
         planner = None if state.value is None else _lazy_planner(state.value)
-        save(dict(state.tensors), storage_writer=FileSystemWriter(temporary), planner=planner, no_dist=True)
+        # torch's writer holds all that it puts in one file until that is finished, so every tensor gets one
+        writer = FileSystemWriter(temporary, single_file_per_rank=planner is None)
+        save(dict(state.tensors), storage_writer=writer, planner=planner, no_dist=True)
 
 
 def _lazy_planner(value: Callable[[str], torch.Tensor]) -> Any:
