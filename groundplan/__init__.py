@@ -22,6 +22,7 @@ bias (4,) ['uniform_(a=-0.5774, b=0.5774)']
 True
 """
 
+from .adapters import deepspeed_zero3, param_init_fn
 from .explain import Explanation
 from .plan import Plan, materialize, trace
 from .planner.decisions import Decisions, groundplan_version
@@ -47,6 +48,8 @@ __version__ = groundplan_version()
 __all__ = [
     "trace",
     "materialize",
+    "param_init_fn",
+    "deepspeed_zero3",
     "Plan",
     "ParamGraph",
     "Decisions",

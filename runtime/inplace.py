@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..planner.records import device_name
 from ..tracer.ambient import host_random_from, one_at_a_time
 from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph, StreamPosition, TensorNode
+from ..tracer.replay import Spot
 from ..tracer.streams import generator_states, generators_kept, restore_generators
 from .agreement import agreement
 from .boxes import Box
@@ -52,14 +54,31 @@ def materialize_module(
     threads: int | None = None,
     group: Any = "world",
     timeout: float | None = None,
+    *,
+    own: Own | None = None,
 ) -> nn.Module:
     """Give every meta tensor of `module`, which comes from `meta_module`, its values; returns the module.
+
+    With `own`, only the tensors that it holds itself, not those of its submodules, and the generators are left alone.
 
     Every rank of `group` makes the same call. Raises `MaterializeError`, `UninitializedError`, and `RanksError` where the ranks
     do not agree or one of them fails; the module and the generators are then as they were.
     """
     with together(group, timeout) as ranks:
-        return fill_module(module, ranks, seed, rng, uninitialized, device, threads)
+        return fill_module(module, ranks, seed, rng, uninitialized, device, threads, own=own)
+
+
+@dataclass
+class Own:
+    """Says to fill what a module holds itself only; handed from call to call, it keeps what they find out.
+
+    It is for one meta module and one state of the generators.
+    """
+
+    build: Build | None = None
+    """The constructor, traced for that state."""
+    ends: dict[int, Spot] = field(default_factory=dict)
+    """Where draws end: what comes before them need not be gone through once more."""
 
 
 class Whereto:
@@ -82,18 +101,25 @@ def fill_module(
     uninitialized: str,
     device: str | torch.device | Whereto | None,
     threads: int | None,
+    *,
+    own: Own | None = None,
 ) -> nn.Module:
     """The same, for ranks that know of each other."""
-    blueprint, targets = find_targets(module)
+    blueprint, targets = find_targets(module, own is not None)
     job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device)
-    with one_at_a_time, restored_on_failure(), Workers(threads) as workers:
+    with (
+        generators_kept() if own is not None else nullcontext(),
+        one_at_a_time,
+        restored_on_failure(),
+        Workers(threads) as workers,
+    ):
         ranks.agree(job.says(seed) if ranks.count > 1 else {})
-        held = _filled(job, seed, ranks, workers)
+        held = _filled(job, seed, ranks, workers, own)
         made = [wrapped(target.tensor, local) for target, local in zip(targets, held, strict=True)]
         ranks.finish()
         for target, tensor in zip(targets, made, strict=True):
             place(target, tensor)
-        renew_weak_references(module)
+        renew_weak_references(module.modules() if own is None else [module])
     return module
 
 
@@ -180,22 +206,26 @@ class _Job:
         return [_same_node(target, graph) for target in self.targets]
 
 
-def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list[torch.Tensor]:
-    """What this rank holds of every target; the generators are left as the constructor leaves them."""
+def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers, own: Own | None) -> list[torch.Tensor]:
+    """What this rank holds of every target; the generators are left as the constructor leaves them, unless `own`."""
     if job.rng == "keyed" and seed is None:
         seed = drawn_seed()
     elif job.rng == "eager" and seed is not None:
         torch.manual_seed(seed)
     with host_random_from(job.build.origin.host), generators_kept():
-        build = job.build.under_current_state()
+        build = (own and own.build) or job.build.under_current_state()
         graph, nodes = build.graph, job.nodes(build.graph)
         check_uninitialized(graph, job.uninitialized, {node.name for node in nodes})
         options = (graph.ops, graph.storages, generator_states(), job.uninitialized == "zero")
-        ends = [end for end in graph.ends if end.device == "cpu" or torch.cuda.is_available()] if job.rng == "eager" else []
+        goes_on = job.rng == "eager" and own is None
+        ends = [end for end in graph.ends if end.device == "cpu" or torch.cuda.is_available()] if goes_on else []
         states = {}
         watched = Watched(workers, ranks)
         keys = Keys.of(seed or 0, graph) if job.rng == "keyed" else None
         replay = PartialReplay(*options, watched) if keys is None else KeyedReplay(keys, *options, watched)
+        if own is not None:
+            own.build = build
+            replay.start_from(own.ends)
         boxes = job.boxes()
         wanted = [(nodes[number].view, box) for number, box in boxes]
         if ends and ranks.count > 1:
@@ -204,6 +234,8 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
             states, ends = lengths.run((), ends), []
             replay.follow(lengths)
         found, reached = _replayed(job, nodes, replay, boxes, wanted, ends)
+        if own is not None:
+            own.ends |= replay.ends()
     restore_generators(states | reached)
     return found
 
