@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..tracer.errors import MaterializeError
 from ..tracer.streams import generator_states, generators_kept, restore_generators
 from .agreement import agreement
 from .inplace import Own, materialize_module
@@ -68,17 +67,6 @@ class ModuleFiller:
             made = self._made.get(tensor)
             if made is not None and (alive := made()) is not None:
                 members[key] = alive
-
-
-def blueprint_of(module: nn.Module) -> Blueprint:
-    """The blueprint of the meta module that a module holds, or is, a part of; raises `MaterializeError` where there is none."""
-    found = next((memory.blueprint for each in module.modules() if (memory := remembered(each)) is not None), None)
-    if found is None:
-        raise MaterializeError(
-            f"this {type(module).__name__} is no part of a meta module, so nothing says what it holds: make it with "
-            "gp.trace(...).meta_module()"
-        )
-    return found
 
 
 def _members(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -187,7 +187,7 @@ def _remade(place: Put, members: list[Any], value: Any, put: Callable[[Any], Non
 def _unknown(module: nn.Module) -> str:
     if any(type(each).__name__ == "FlatParameter" for each in module._parameters.values()):
         return (
-            "FSDP1 has flattened it; have it filled while FSDP1 wraps it: FSDP(module, param_init_fn=gp.param_init_fn(seed), ...); or "
+            "FSDP1 has flattened it; have it filled meanwhile, by FSDP(module, param_init_fn=gp.param_init_fn(seed), ...), or "
             "use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     return "its module is no part of a plan.meta_module()"

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-3 for a meta module: every submodule is filled, and its parameters divided between the ranks, before the next.
 
-DeepSpeed does the dividing, by `deepspeed.zero.Init`. It would also send every parameter from rank 0 to all others, where each rank
+DeepSpeed does the dividing, by `deepspeed.zero.Init`. It would also send every parameter from rank 0 to the others, each of which
 has drawn the same one already: that is left out.
 """
 
@@ -15,8 +15,9 @@ from torch import nn
 
 from ..tracer.errors import MaterializeError
 from .inplace import materialize_module
-from .modules import ModuleFiller, blueprint_of
+from .modules import ModuleFiller
 from .ranks import together
+from .targets import find_targets
 
 Config = Mapping[str, Any] | str | os.PathLike[str]
 _SHOWN = 8
@@ -36,10 +37,10 @@ def fill_zero3(
     `MaterializeError` where DeepSpeed is missing, or the parameters are not of the dtype that `config` says.
     """
     divided = _divided_by(config)
-    blueprint = blueprint_of(module)
     options = {"device": divided.local_device} | {name: value for name, value in options.items() if value is not None}
-    _check_dtypes(module, divided.dtype)
     with together(group, timeout) as ranks:
+        blueprint, _ = find_targets(module)
+        _check_dtypes(module, divided.dtype)
         filler = ModuleFiller(seed, **options)
         ranks.agree(filler.says(blueprint) if ranks.count > 1 else {})
         for each in module.modules():
@@ -54,6 +55,7 @@ def fill_zero3(
 def _divided_by(config: Config) -> Any:
     """DeepSpeed's own object that divides parameters, without its broadcast."""
     try:
+        from deepspeed.runtime.config import DeepSpeedConfig
         from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
     except ImportError as error:
         raise MaterializeError(f"DeepSpeed cannot be imported ({error}); pip install deepspeed") from error
@@ -67,7 +69,14 @@ def _divided_by(config: Config) -> Any:
             self._convert_to_deepspeed_param(param)
             param.partition()  # type: ignore[attr-defined]
 
-    return Divided(config_dict_or_path=dict(config) if isinstance(config, Mapping) else os.fspath(config))
+    plain = dict(config) if isinstance(config, Mapping) else os.fspath(config)
+    stage = DeepSpeedConfig(plain).zero_optimization_stage
+    if stage != 3:
+        raise MaterializeError(
+            f"the DeepSpeed configuration is for ZeRO stage {stage}, which keeps whole parameters: give plan.materialize() to "
+            'deepspeed.initialize, or say {"zero_optimization": {"stage": 3}}'
+        )
+    return Divided(nn.Module(), config_dict_or_path=plain)  # with a module, it sets up DeepSpeed's own linear layer too
 
 
 def _check_dtypes(module: nn.Module, dtype: torch.dtype) -> None:
