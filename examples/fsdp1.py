@@ -1,4 +1,4 @@
-"""FSDP1 (`FullyShardedDataParallel`): its `param_init_fn` fills a meta module unit by unit, each rank with a single device's values.
+"""FSDP1 (`FullyShardedDataParallel`): its `param_init_fn` fills a meta module unit by unit, with a single device's values.
 
 Lightning Fabric's FSDPStrategy passes it on: `FSDPStrategy(auto_wrap_policy=..., param_init_fn=gp.param_init_fn(seed=0))`, then
 `fabric.setup(plan.meta_module())`. Run by itself, the script starts two ranks on the CPU.
