@@ -23,6 +23,7 @@ True
 """
 
 from . import lightning
+from .adapters import deepspeed_zero3, param_init_fn
 from .explain import Explanation
 from .plan import Plan, materialize, trace
 from .planner.decisions import Decisions, groundplan_version
@@ -50,6 +51,8 @@ __all__ = [
     "trace",
     "materialize",
     "lightning",
+    "param_init_fn",
+    "deepspeed_zero3",
     "Plan",
     "ParamGraph",
     "Decisions",

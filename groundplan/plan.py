@@ -90,7 +90,7 @@ def materialize(
     """
     from .runtime.inplace import materialize_module  # torch.distributed, which it imports, takes a second
 
-    load = _load(checkpoint, missing, unexpected, rename)
+    load = load_of(checkpoint, missing, unexpected, rename)
     return materialize_module(module, seed, rng, uninitialized, device, threads, group, timeout, load)
 
 
@@ -318,7 +318,7 @@ class Plan:
         >>> torch.equal(model.weight, torch.nn.Linear(3, 4).weight)
         True
         """
-        load = _load(checkpoint, missing, unexpected, rename)
+        load = load_of(checkpoint, missing, unexpected, rename)
         if self.decisions.sharding is not None:
             from .runtime.inplace import materialize_sharded
 
@@ -405,7 +405,7 @@ class Plan:
         return self._build
 
 
-def _load(checkpoint: Source | None, missing: str, unexpected: str, rename: Rename | None) -> Load | None:
+def load_of(checkpoint: Source | None, missing: str, unexpected: str, rename: Rename | None) -> Load | None:
     """What the user says about a checkpoint; raises `MaterializeError` for what means nothing without one."""
     if checkpoint is not None:
         return Load(checkpoint, missing, unexpected, rename)

@@ -15,6 +15,7 @@ second, so it is imported when it is called:
 * `meta`: a module of meta tensors that remembers its plan; `parallel`: the plan's sharding, by torch's engines;
 * `targets`, `regions`: what is to be filled, and which part of it is here; `placing`: how it gets there;
 * `ranks`, `agreement`, `shared`: what the ranks tell each other;
+* `modules`: one submodule at a time, for `fsdp1` and `zero3`, engines that divide each unit as soon as it has its values;
 * `dispatch`: several devices in one process, by accelerate.
 """
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..tracer.ambient import host_random_from, one_at_a_time
 from ..tracer.errors import CheckpointError, MaterializeError
 from ..tracer.graph import ParamGraph, StreamPosition, TensorNode
 from ..tracer.liveness import slice_indices
+from ..tracer.replay import Spot
 from ..tracer.streams import generator_states, generators_kept, restore_generators
 from .agreement import agreement
 from .boxes import Box, whole_box
@@ -37,7 +39,7 @@ from .entries import Entry
 from .keyed import KeyedReplay, Keys, drawn_seed
 from .loading import Load, Loading, Read, opened, read_all
 from .materialize import restored_on_failure
-from .meta import meta_module
+from .meta import Blueprint, meta_module
 from .parallel import apply_sharding, check_mesh, group_of, mesh_of
 from .parts import PartialReplay, Wanted
 from .placing import check_hooks, place, renew_weak_references, wrapped
@@ -58,14 +60,36 @@ def materialize_module(
     group: Any = "world",
     timeout: float | None = None,
     load: Load | None = None,
+    *,
+    own: Own | None = None,
 ) -> nn.Module:
     """Give every meta tensor of `module`, which comes from `meta_module`, its values; returns the module.
+
+    With `own`, only the tensors that it holds itself, not those of its submodules, and the generators are left alone.
 
     Every rank of `group` makes the same call. Raises `MaterializeError`, `UninitializedError`, and `RanksError` where the ranks
     do not agree or one of them fails; the module and the generators are then as they were.
     """
     with together(group, timeout) as ranks:
-        return fill_module(module, ranks, seed, rng, uninitialized, device, threads, load)
+        return fill_module(module, ranks, seed, rng, uninitialized, device, threads, load, own=own)
+
+
+@dataclass
+class Own:
+    """Says to fill what a module holds itself only; handed from call to call, it keeps what they find out.
+
+    It is for one meta module, one checkpoint and one state of the generators.
+    """
+
+    build: Build | None = None
+    """The constructor, traced for that state."""
+    ends: dict[int, Spot] = field(default_factory=dict)
+    """Where draws end: what comes before them need not be gone through once more."""
+    loading: Loading | None = None
+    """The checkpoint, open for as long as this object is there."""
+    draws: bool | None = None
+    """Whether anything is drawn."""
+    until: ExitStack = field(default_factory=ExitStack)
 
 
 class Whereto:
@@ -90,26 +114,28 @@ def fill_module(
     threads: int | None,
     load: Load | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    own: Own | None = None,
 ) -> nn.Module:
     """The same, for ranks that know of each other; `progress(done, total)` is called with bytes."""
-    blueprint, targets = find_targets(module)
-    uncast = blueprint.decisions.model_copy(update={"steps": ()})  # the blueprint's constructor casts already
-    with (
-        one_at_a_time,
-        restored_on_failure(),
-        Workers(threads) as workers,
-        opened(load, blueprint.build.graph, lambda: meta_module(blueprint.build, uncast)) as loading,
-    ):
+    blueprint, targets = find_targets(module, own is not None)
+    with ExitStack() as stack:
+        if own is not None:
+            stack.enter_context(generators_kept())
+        stack.enter_context(one_at_a_time)
+        stack.enter_context(restored_on_failure())
+        workers = stack.enter_context(Workers(threads))
+        loading = _opened(load, blueprint, stack, own)
         job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device, loading, progress)
         ranks.agree(job.says(seed) if ranks.count > 1 else {})
-        if loading is not None and ranks.rank == 0:
+        if loading is not None and targets and (own is None or own.build is None):
             loading.matched.log_missing()
-        held = _filled(job, seed, ranks, workers)
+        held = _filled(job, seed, ranks, workers, own)
         made = [wrapped(target.tensor, local) for target, local in zip(targets, held, strict=True)]
         ranks.finish()
         for target, tensor in zip(targets, made, strict=True):
             place(target, tensor)
-        renew_weak_references(module)
+        renew_weak_references(module.modules() if own is None else [module])
         if loading is not None:
             loading.finish(module)
     return module
@@ -241,29 +267,46 @@ class _Job:
         return [_same_node(target, graph) for target in self.targets]
 
 
-def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list[torch.Tensor]:
+def _opened(load: Load | None, blueprint: Blueprint, until: ExitStack, own: Own | None) -> Loading | None:
+    """The checkpoint, open until the stack is left, or for as long as there are modules to fill one by one."""
+    if own is not None and own.loading is not None:
+        return own.loading
+    uncast = blueprint.decisions.model_copy(update={"steps": ()})  # the blueprint's constructor casts already
+    kept = until if own is None else own.until
+    found = kept.enter_context(opened(load, blueprint.build.graph, lambda: meta_module(blueprint.build, uncast)))
+    if own is not None:
+        own.loading = found
+    return found
+
+
+def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers, own: Own | None) -> list[torch.Tensor]:
     """What this rank holds of every target.
 
-    The generators are left as the constructor leaves them; where nothing is drawn, because a checkpoint has it all, as they are.
+    The generators are left as the constructor leaves them; as they are, where nothing is drawn because a checkpoint has it all.
     """
-    draws = job.draws()
+    draws = job.draws() if own is None or own.draws is None else own.draws
+    if own is not None:
+        own.draws = draws
     if draws and job.rng == "keyed" and seed is None:
         seed = drawn_seed()
     elif draws and job.rng == "eager" and seed is not None:
         torch.manual_seed(seed)
     with host_random_from(job.build.origin.host), generators_kept():
-        build = job.build.under_current_state()
+        build = (own and own.build) or job.build.under_current_state()
         graph, nodes = build.graph, job.nodes(build.graph)
         made = [node for number, node in enumerate(nodes) if job.made_here(number) and number not in job.entries_over]
         check_uninitialized(graph, job.uninitialized, {node.name for node in made})
         options = (graph.ops, graph.storages, generator_states(), job.uninitialized == "zero")
-        ends = [end for end in graph.ends if end.device == "cpu" or torch.cuda.is_available()]
-        ends = ends if draws and job.rng == "eager" else []
+        goes_on = draws and job.rng == "eager" and own is None
+        ends = [end for end in graph.ends if end.device == "cpu" or torch.cuda.is_available()] if goes_on else []
         states = {}
         watched = Watched(workers, ranks)
         keys = Keys.of(seed or 0, graph) if job.rng == "keyed" else None
         replay = PartialReplay(*options, watched) if keys is None else KeyedReplay(keys, *options, watched)
         replay.staying = job.staying(nodes)
+        if own is not None:
+            own.build = build
+            replay.start_from(own.ends)
         boxes = job.boxes()
         wanted = [(nodes[number].view, box) for number, box in boxes]
         if ends and ranks.count > 1:
@@ -276,6 +319,8 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
         if job.loading is not None:
             over = [each for number, entry in job.entries_over.items() for each in _reads(job, number, entry, found[number])]
             read_all(over, job.loading.checkpoint, workers)
+        if own is not None:
+            own.ends |= replay.ends()
     restore_generators(states | reached)
     return [(found | loaded)[number] for number in range(len(nodes))]
 

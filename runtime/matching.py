@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from ..planner.records import dtype_name
 from ..tracer.errors import CheckpointError, MaterializeError, nearest
@@ -40,8 +41,8 @@ class Matched:
         return self.entries.get(node.name)
 
     def log_missing(self) -> None:
-        """Tell the user what the checkpoint does not have, through the logger `groundplan`."""
-        if self.missing:
+        """Tell the user what the checkpoint does not have, through the logger `groundplan`, on the first rank."""
+        if self.missing and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             shown, more = ", ".join(self.missing[:_SHOWN]), len(self.missing) - _SHOWN
             _log.warning(
                 "%s has no value for %d tensor%s, initialized as the constructor does: %s%s",

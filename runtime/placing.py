@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ def _slots(tensor: torch.Tensor) -> set[str]:
     return set(copyreg._slotnames(type(tensor)))  # type: ignore[attr-defined]
 
 
-def renew_weak_references(module: nn.Module) -> None:
+def renew_weak_references(modules: Iterable[nn.Module]) -> None:
     """Recurrent layers keep weak references to their weights, and torch's own conversions renew them so."""
-    for each in module.modules():
+    for each in modules:
         if isinstance(each, nn.RNNBase) and not any(isinstance(weight, DTensor) for weight in each._parameters.values()):
             each._init_flat_weights()

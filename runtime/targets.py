@@ -6,7 +6,7 @@ other names and missing neighbors make no difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +73,8 @@ def _of_local(shape: tuple[int, ...], held: tuple[int, ...], spec: Any) -> list[
     raise Unplaced(f"the constructor makes {list(shape)} of it on this rank, and {list(held)} of that are held now")
 
 
-def find_targets(module: nn.Module) -> tuple[Blueprint, list[Target]]:
-    """The meta tensors of a module, and the blueprint that they are filled by.
+def find_targets(module: nn.Module, own: bool = False) -> tuple[Blueprint, list[Target]]:
+    """The meta tensors of a module, and the blueprint that they are filled by; with `own`, not those of its submodules.
 
     Raises `MaterializeError` for a meta tensor that no plan knows, and where several plans do, or none does.
     """
@@ -82,7 +82,8 @@ def find_targets(module: nn.Module) -> tuple[Blueprint, list[Target]]:
     blueprints: dict[int, Blueprint] = {}
     strays: dict[str, str] = {}
     attributes: list[tuple[str, Blueprint, str, torch.Tensor, Put]] = []
-    for path, each in module.named_modules():
+    modules: Iterable[tuple[str, nn.Module]] = [("", module)] if own else module.named_modules()
+    for path, each in modules:
         memory = remembered(each)
         for key, tensor, put in _members(each):
             if memory is None:
@@ -91,7 +92,8 @@ def find_targets(module: nn.Module) -> tuple[Blueprint, list[Target]]:
             _note(found, strays, memory.blueprint.build.graph, _joined(memory.name, key), _joined(path, key), tensor, put)
         if memory is not None:
             blueprints[id(memory.blueprint)] = memory.blueprint
-            attributes += [(path, memory.blueprint, _joined(memory.name, key), *rest) for key, *rest in _attributes(each)]
+            held = _attributes(each)
+            attributes += [(path, memory.blueprint, _joined(memory.name, key), tensor, put) for key, tensor, put in held]
     by_node = {id(target.node): target for target in found.values()}
     for path, blueprint, name, tensor, put in attributes:
         node = blueprint.build.graph.by_name.get(name)
@@ -184,7 +186,10 @@ def _remade(place: Put, members: list[Any], value: Any, put: Callable[[Any], Non
 
 def _unknown(module: nn.Module) -> str:
     if any(type(each).__name__ == "FlatParameter" for each in module._parameters.values()):
-        return "FSDP1 has flattened it; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        return (
+            "FSDP1 has flattened it; have it filled meanwhile, by FSDP(module, param_init_fn=gp.param_init_fn(seed), ...), or "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     return "its module is no part of a plan.meta_module()"
 
 

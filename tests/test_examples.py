@@ -23,7 +23,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import groundplan as gp
 from groundplan import cli
@@ -54,6 +55,8 @@ def run(*command: str | Path) -> str:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path: Path) -> None:
+    if path.stem.startswith("deepspeed") and installed("deepspeed") == "none":
+        pytest.skip("needs DeepSpeed")
     output = run(path)
     assert output.strip()
     assert '"""' in path.read_text(encoding="utf-8")[:3], "an example says first what it shows"
@@ -129,13 +132,19 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
-    """In one process: the first block as it stands, the second until it needs sixteen, and what it places without a GPU."""
-    by_hand, by_plan = readme_code()[SHARDED]
+    """In one process: the first block as it stands, FSDP1, the last until it needs sixteen, and what it places without a GPU."""
+    by_hand, by_unit, by_plan = readme_code()[SHARDED]
     mesh = init_device_mesh("cpu", (1,))
     names: dict[str, Any] = {"gp": gp, "torch": torch, "MyModel": MyModel, "config": 8, "mesh": mesh, "fully_shard": fully_shard}
     exec(by_hand, names)
     torch.manual_seed(0)
     assert torch.equal(names["module"].lm_head.weight.full_tensor(), MyModel(8).lm_head.weight)
+
+    names |= {"FSDP": FullyShardedDataParallel, "policy": ModuleWrapPolicy({nn.Linear}), "device": torch.device("cpu")}
+    exec(by_unit.partition("\n\n")[0], names)  # examples/deepspeed_zero3.py does what the rest does
+    with FullyShardedDataParallel.summon_full_params(names["module"]):
+        torch.manual_seed(0)
+        assert torch.equal(names["module"].state_dict()["lm_head.weight"], MyModel(8).lm_head.weight)
 
     names["plan"] = gp.trace(llama)
     decided, built = by_plan.split("model = plan.materialize")

@@ -82,6 +82,14 @@ class Replay:
         """Take over where each draw ends, as an earlier replay of the same tape from the same states has found out."""
         self._ends.update(earlier._ends)
 
+    def ends(self) -> dict[int, Spot]:
+        """Where the draws that it has come by end, as far as that is known."""
+        return {index: end for index, end in self._ends.items() if not callable(end)}
+
+    def start_from(self, ends: Mapping[int, Spot]) -> None:
+        """Take over the `ends` of earlier replays of the same tape from the same states."""
+        self._ends.update(ends)
+
     def _run(self, wanted: Sequence[int], ends: Sequence[StreamPosition]) -> dict[str, torch.Tensor]:
         needed, chain = self._to_run(wanted, [end.op for end in ends if end.op is not None])
         self.ambient = any(self._ops[index].position.origin == "ambient" for index in chain)
@@ -124,13 +132,13 @@ class Replay:
             needed = slice_indices(self._ops, self._nbytes, self._writers, wanted, [*needed, *also])
 
     def _chain(self, needed: Iterable[int]) -> list[int]:
-        """The random ops among `needed`, and all those that their places in the stream follow from."""
+        """The random ops among `needed`, and those that their places in the stream follow from, back to one that is known."""
         found: set[int] = set()
         for start in needed:
             index: int | None = start
             while index is not None and index not in found and (position := self._ops[index].position) is not None:
                 found.add(index)
-                index = position.op
+                index = position.op if position.op not in self._ends else None
         return sorted(found)
 
     # -- running --------------------------------------------------------------------------------------------------------

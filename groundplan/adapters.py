@@ -1,0 +1,95 @@
+"""The doors for engines that divide a meta module themselves, one unit after the other: torch's FSDP1, and DeepSpeed's ZeRO-3."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .plan import load_of
+from .runtime.checkpoint import Rename, Source
+
+
+def param_init_fn(
+    seed: int | None = None,
+    checkpoint: Source | None = None,
+    *,
+    rng: str = "eager",
+    uninitialized: str = "error",
+    missing: str = "init",
+    unexpected: str = "error",
+    rename: Rename | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    group: Any = "world",
+    timeout: float | None = None,
+) -> Callable[[torch.nn.Module], None]:
+    """The `param_init_fn` with which torch's `FullyShardedDataParallel` (FSDP1) fills a `plan.meta_module()`, unit by unit.
+
+    `FSDP(plan.meta_module(), param_init_fn=gp.param_init_fn(seed=0), auto_wrap_policy=...)` holds on every rank its part of the
+    values that a single device would have, bit for bit. No more than one unit is there in whole meanwhile, twice for a moment, as
+    FSDP1 copies it. Modules that FSDP1 is told to ignore stay on the meta device: `gp.materialize(module, seed=0)` fills them
+    afterwards.
+
+    Every unit draws from the same state of the generators: that of `seed`, or with None the one at the time of this call, which
+    has to be the same on all ranks. The generators are left as they are: unlike after `gp.materialize`, the next number drawn is
+    not the one that follows the constructor. The ranks of `group`, None for this process alone, compare once what they are about
+    to build, and raise `RanksError` where they differ, or where one does not come within `timeout` seconds (45 if None).
+
+    `device` is where tensors are made, the plan's device if None; FSDP1 moves a unit from there to its `device_id`. `checkpoint`,
+    `missing`, `unexpected` and `rename` are as in `gp.materialize`; every rank reads its units whole.
+
+    Raises `MaterializeError`, when FSDP1 calls it, for a meta tensor that the plan does not know; `UninitializedError`.
+
+    >>> import groundplan as gp
+    >>> module = gp.trace(torch.nn.Linear, 3, 4).meta_module()
+    >>> gp.param_init_fn(seed=0)(module)  # what FSDP1 does with each module of a unit
+    >>> _ = torch.manual_seed(0)
+    >>> torch.equal(module.weight, torch.nn.Linear(3, 4).weight)
+    True
+    """
+    from .runtime.fsdp1 import ParamInitFn  # torch.distributed, which it imports, takes a second
+
+    load = load_of(checkpoint, missing, unexpected, rename)
+    options = {"rng": rng, "uninitialized": uninitialized, "device": device, "threads": threads, "load": load}
+    return ParamInitFn(seed, group, timeout, **options)
+
+
+def deepspeed_zero3(
+    module: torch.nn.Module,
+    config: Mapping[str, Any] | str | os.PathLike[str],
+    seed: int | None = None,
+    checkpoint: Source | None = None,
+    *,
+    rng: str = "eager",
+    uninitialized: str = "error",
+    missing: str = "init",
+    unexpected: str = "error",
+    rename: Rename | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    group: Any = "world",
+    timeout: float | None = None,
+) -> torch.nn.Module:
+    """Fill a `plan.meta_module()` and divide it as DeepSpeed's ZeRO-3 does, one submodule after the other. Returns the module.
+
+    It takes the place of building under `deepspeed.zero.Init(config_dict_or_path=config)`, and comes before
+    `deepspeed.initialize(model=module, config=config, ...)`. Each parameter has the values that a single device would have, bit
+    for bit; a rank holds its parts, and for a moment one submodule's own parameters. Nothing is sent between ranks.
+    `config` is a mapping or a file's path; where it enables bf16 or fp16, so does the plan: `plan.cast(torch.bfloat16)`. ZeRO-1
+    and ZeRO-2 need none of this: they take `plan.materialize()`.
+
+    `seed`, `checkpoint`, `rng`, `uninitialized`, `missing`, `unexpected`, `rename`, `threads`, `group` and `timeout` are as in
+    `gp.materialize`, as is where the generators stand afterwards. `device` is where tensors are made; DeepSpeed's if None. On a
+    failure the module is of no more use, and the generators are as they were.
+
+    Raises `MaterializeError` where DeepSpeed is not installed, for parameters of another dtype than that of `config`, and for a
+    meta tensor that the plan does not know; `UninitializedError`; `RanksError`.
+    """
+    from .runtime.zero3 import fill_zero3  # torch.distributed, which it imports, takes a second
+
+    load = load_of(checkpoint, missing, unexpected, rename)
+    options = {"rng": rng, "uninitialized": uninitialized, "device": device, "threads": threads, "load": load}
+    return fill_zero3(module, config, seed, group, timeout, **options)
