@@ -199,7 +199,7 @@ class Decisions(Record):
         return self.model_copy(update={"placing": placing})
 
     def quantize(self, quantizing: Quantizing) -> Decisions:
-        """These decisions, followed by `quantizing`; raises `DecisionError` beside `shard` and `place`, and for a layer done twice."""
+        """These decisions, followed by `quantizing`; raises `DecisionError` beside `shard` and `place`, and for a layer twice."""
         for name, other in (("shard", self.sharding), ("place", self.placing)):
             if other is not None:
                 raise DecisionError(f"a plan that quantizes builds on one device; leave out .{name}(...), or .quantize(...)")
@@ -212,7 +212,9 @@ class Decisions(Record):
 
     def _followed_by(self, step: Cast | Move) -> Decisions:
         if self.quantizing:
-            raise DecisionError("quantized layers are neither cast nor moved; say plan.cast(...) and plan.to(...) before .quantize(...)")
+            raise DecisionError(
+                "quantized layers are neither cast nor moved; say plan.cast(...) and plan.to(...) before .quantize(...)"
+            )
         return self.model_copy(update={"steps": (*self.steps, step)})
 
 

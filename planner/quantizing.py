@@ -168,13 +168,17 @@ def config_data(config: Any) -> dict[str, JsonValue]:
         raise DecisionError(f"{what}, not {config!r}{nearest(config, BITSANDBYTES) if isinstance(config, str) else ''}")
     name = type(config).__name__
     if name == "FqnToConfig":
-        raise DecisionError("FqnToConfig names modules itself; give each of its configs a call: plan.quantize(config, filter=names)")
+        raise DecisionError(
+            "FqnToConfig names modules itself; give each of its configs a call: plan.quantize(config, filter=names)"
+        )
     try:
         data: dict[str, JsonValue] = core.config_to_dict(config)
         json.dumps(data, allow_nan=False)
         same = core.config_to_dict(config_of(data)) == data
     except (DecisionError, TypeError, ValueError, NotImplementedError) as error:
-        raise DecisionError(f"a plan cannot keep this {name}, {_shown(config)}: {error}; take one of torchao's own, made of plain values") from error
+        raise DecisionError(
+            f"a plan cannot keep this {name}, {_shown(config)}: {error}; take one of torchao's own, made of plain values"
+        ) from error
     if not same:
         raise DecisionError(f"torchao reads another {name} back than was saved, {_shown(config)}; take one made of plain values")
     return data
@@ -188,7 +192,9 @@ def config_of(data: Any) -> Any:
     try:
         return core.config_from_dict(data)
     except (TypeError, ValueError, AssertionError) as error:
-        raise DecisionError(f"torchao cannot read the config {_described(data)}: {error}; quantize anew with this torchao") from error
+        raise DecisionError(
+            f"torchao cannot read the config {_described(data)}: {error}; quantize anew with this torchao"
+        ) from error
 
 
 def _typed(value: Any) -> Iterator[dict[str, Any]]:
@@ -211,10 +217,12 @@ def _check_typed(value: dict[str, Any], core: ModuleType) -> None:
         classes = list(_classes(name, core))
         known = bool(classes) and all(_is_record(each, data, core) for each in classes)
     if not known:
-        raise DecisionError(f"torchao has no config, or part of one, called {name!r} with {_shown(data)}; quantize anew with this torchao")
+        raise DecisionError(
+            f"torchao has no config, or part of one, called {name!r} with {_shown(data)}; quantize anew with this torchao"
+        )
 
 
-def _classes(name: object, core: ModuleType) -> Iterator[Any]:
+def _classes(name: Any, core: ModuleType) -> Iterator[Any]:
     """Whatever torchao may find under this name: it looks through its modules in no certain order."""
     for path in core.ALLOWED_AO_MODULES if isinstance(name, str) else ():
         try:

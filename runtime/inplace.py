@@ -32,7 +32,7 @@ from .build import Build
 from .check import check_device, check_devices, check_rng, check_uninitialized
 from .keyed import KeyedReplay, Keys, drawn_seed
 from .materialize import restored_on_failure
-from .meta import meta_module
+from .meta import check_not_quantized, meta_module
 from .parallel import apply_sharding, check_mesh, group_of, mesh_of
 from .parts import PartialReplay, Wanted
 from .placing import check_hooks, place, renew_weak_references, wrapped
@@ -58,6 +58,7 @@ def materialize_module(
     Every rank of `group` makes the same call. Raises `MaterializeError`, `UninitializedError`, and `RanksError` where the ranks
     do not agree or one of them fails; the module and the generators are then as they were.
     """
+    check_not_quantized(module)
     with together(group, timeout) as ranks:
         return fill_module(module, ranks, seed, rng, uninitialized, device, threads)
 

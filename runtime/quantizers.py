@@ -41,6 +41,7 @@ class Torchao:
     def __init__(self, config: Any) -> None:
         torchao()
         self._config = config_of(config)
+        self._by_rows = is_by_rows(config)
         self._quantize = importlib.import_module("torchao.quantization").quantize_
         self._is_linear = inspect.signature(self._quantize).parameters["filter_fn"].default
 
@@ -50,9 +51,44 @@ class Torchao:
 
     def __call__(self, layer: nn.Module) -> nn.Module:
         """What `quantize_` does to it inside a model."""
+        if self._by_rows and _is_large(layer) and self._keeps_rows(layer):
+            self._in_stretches(layer)
+            return layer
+        return self._whole(layer)
+
+    def _in_stretches(self, layer: Any) -> None:
+        """Some rows after the other: in one go, torchao's temporaries take several times as much as the weight itself."""
+        weight = layer.weight
+        layer.weight = _without_memory(weight)
+        like = self._whole(layer).weight
+        names, context = like.__tensor_flatten__()
+        parts = {name: torch.empty_like(getattr(like, name), device=weight.device) for name in names}
+        step = max(1, max(_STRETCH, weight.numel() // _STRETCHES) // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = nn.Linear(1, 1, bias=False, device="meta")
+            rows.weight = nn.Parameter(weight.detach()[start : start + step], requires_grad=False)
+            made: Any = self._whole(rows).weight
+            for name, part in parts.items():
+                part[start : start + step] = getattr(made, name)
+        whole = type(like).__tensor_unflatten__(parts, context, like.shape, like.stride())
+        layer.weight = nn.Parameter(whole, requires_grad=like.requires_grad)
+
+    def _keeps_rows(self, layer: nn.Module) -> bool:
+        """Whether the quantized weight is made of tensors that have a row for each of its own."""
+        try:
+            made: Any = self._whole(_copied(layer)).weight
+        except Exception:  # nothing can be said beforehand; in one go it works, or says itself what is wrong
+            return False
+        if not is_traceable_wrapper_subclass(made):
+            return False
+        parts = [getattr(made, name) for name in made.__tensor_flatten__()[0]]
+        return all(part.is_contiguous() and part.shape[:1] == made.shape[:1] for part in parts)
+
+    def _whole(self, layer: nn.Module) -> Any:
         parent = nn.ModuleDict({"layer": layer})
         self._quantize(parent, self._config, filter_fn=lambda module, name: module is layer)
-        return parent["layer"]
+        made: nn.Module = parent["layer"]
+        return made
 
     def size(self, layer: nn.Module) -> Size:
         """Found by quantizing the meta tensors of a copy."""
@@ -66,18 +102,56 @@ class Torchao:
         return size(weight.shape, weight.dtype, nbytes, max(0, allocations.peak - nbytes))
 
 
+def is_by_rows(config: Any) -> bool:
+    """Whether a torchao config, as data, makes each row of a weight by itself: whatever else does not, is quantized in one go.
+
+    >>> is_by_rows({"_type": "Float8WeightOnlyConfig", "_data": {"granularity": {"_type": "PerTensor", "_data": {}}}})
+    False
+    """
+    data, grain = config["_data"], _GRAINS.get(config["_type"])
+    found = data.get(grain) if grain else None
+    if not isinstance(found, dict) or any(data.get(key, plain) != plain for key, plain in _PLAIN.items()):
+        return False
+    return (found["_type"], found["_data"].get("dim", found["_data"].get("axis"))) in _ROWS or found["_type"] == "PerGroup"
+
+
+_GRAINS = {
+    "Int8WeightOnlyConfig": "granularity",
+    "Int8DynamicActivationInt8WeightConfig": "granularity",
+    "IntxWeightOnlyConfig": "granularity",
+    "Int8DynamicActivationIntxWeightConfig": "weight_granularity",
+    "Float8WeightOnlyConfig": "granularity",
+}
+_PLAIN = {
+    "intx_choose_qparams_algorithm": {"_type": "IntxChooseQParamsAlgorithm", "_data": "AFFINE"},
+    "intx_packing_format": {"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"},
+}
+_ROWS = (("PerRow", -1), ("PerAxis", 0))
+_STRETCH, _STRETCHES = 2**24, 64  # at least so many elements at a time, and not more stretches than this
+
+
+def _is_large(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    if not isinstance(layer, nn.Linear) or type(weight) is not nn.Parameter or weight.numel() <= _STRETCH:
+        return False
+    return weight.is_contiguous() and weight.device.type in ("cpu", "meta")  # tried on the CPU only
+
+
+def _without_memory(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+
+
 def _copied(layer: nn.Module) -> nn.Module:
     """A layer of meta tensors of its own."""
     made = copy.copy(layer)
     made.__dict__["_parameters"] = {
-        name: None if each is None else nn.Parameter(torch.empty_like(each, device="meta"), each.requires_grad)
-        for name, each in layer._parameters.items()
+        name: None if each is None else _without_memory(each) for name, each in layer._parameters.items()
     }
     return made
 
 
 class Bitsandbytes:
-    """`bitsandbytes.nn.Linear4bit` or `Linear8bitLt` in place of a linear layer, as Lightning's BitsandbytesPrecision converts."""
+    """bitsandbytes' `Linear4bit` or `Linear8bitLt` in place of a linear layer, as Lightning's BitsandbytesPrecision converts."""
 
     def __init__(self, mode: str) -> None:
         try:
@@ -112,7 +186,9 @@ class Bitsandbytes:
 
     def _weight(self, weight: torch.Tensor, empty: Any) -> Any:
         if self._mode == "int8":
-            return self._nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)  # quantized on its way from there
+            return self._nn.Int8Params(
+                weight.cpu(), requires_grad=False, has_fp16_weights=False
+            )  # quantized on its way from there
         return self._nn.Params4bit(
             weight,
             requires_grad=False,
@@ -138,10 +214,10 @@ class Bitsandbytes:
 
 
 class _Allocations(TorchDispatchMode):
-    """Adds up the bytes of the storages that ops make, and of those that are there at once: on meta, where nothing is allocated."""
+    """The most bytes that ops have made and that are there at once, counted on meta tensors, where nothing is allocated."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
         self._known: set[int] = set()
 
