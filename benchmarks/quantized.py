@@ -17,7 +17,7 @@ from common import Build, Result, alternating, fetch_memory, measured, megabytes
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-CONFIGS = ("int8", "int4", "float8")
+CONFIGS = ("int8", "float8", "int4")
 DTYPE = torch.bfloat16
 
 
@@ -130,4 +130,4 @@ def row(model: str, config: str, repeats: int) -> Result:
 
 
 if __name__ == "__main__":
-    script(measure, compare, ("Llama-3.2-1B",))
+    script(measure, compare, ("Llama-3.2-1B", "Llama-3.2-1B, untied"))

@@ -196,7 +196,13 @@ def _working(tensor: TensorNode, graph: ParamGraph, decisions: Decisions, numel:
     if not all(_is_by_element(op) for op in recipe):
         return sum(graph.storages[storage].nbytes for storage in {view.storage for op in recipe for view in op.targets})
     casts = [cast_dtype(tensor, cast) for cast in decisions.casts]
-    return numel * tensor.dtype.itemsize if any(dtype != tensor.dtype for dtype in casts) else 0
+    changed = any(dtype != tensor.dtype for dtype in casts)
+    return numel * tensor.dtype.itemsize if changed and not (len(casts) == 1 and _is_converted(tensor, recipe)) else 0
+
+
+def _is_converted(tensor: TensorNode, recipe: Sequence[Op]) -> bool:
+    """Whether it is converted while it is drawn: nothing but one fill of all of it, whose length is known."""
+    return len(recipe) == 1 and is_random_fill(recipe[0].func) and recipe[0].targets == (tensor.view,)
 
 
 def _is_by_element(op: Op) -> bool:
