@@ -15,7 +15,8 @@ second, so it is imported when it is called:
 * `meta`: a module of meta tensors that remembers its plan; `parallel`: the plan's sharding, by torch's engines;
 * `targets`, `regions`: what is to be filled, and which part of it is here; `placing`: how it gets there;
 * `ranks`, `agreement`, `shared`: what the ranks tell each other;
-* `dispatch`: several devices in one process, by accelerate.
+* `dispatch`: several devices in one process, by accelerate;
+* `quantize`: layers quantized as soon as they are filled, by torchao or bitsandbytes (`quantizers`: one layer).
 """
 
 from .build import Build

@@ -134,11 +134,13 @@ class PartialReplay(Replay):
         for op in ops:
             for storage in {view.storage for view in (*op.reads, *op.targets)}:
                 uses.setdefault(storage, []).append(op)
-        pairs = [found for storage, found in uses.items() if len(found) == 2 and storage not in self._storages_wanted]
-        return {fill.index: then for fill, then in pairs if self._converts(fill, then) and len(uses[then.targets[0].storage]) == 1}
+        kept = frozenset(self._storages_wanted)
+        pairs = [found for storage, found in uses.items() if len(found) == 2 and storage not in kept]
+        found = [(fill, then) for fill, then in pairs if self._converts(fill, then)]
+        return {fill.index: then for fill, then in found if len(uses[then.targets[0].storage]) == 1}
 
     def _converts(self, fill: Op, then: Op) -> bool:
-        if fill.position is None or then.func is not aten._to_copy.default or then.reads != fill.targets or len(then.targets) != 1:
+        if fill.position is None or then.func is not aten._to_copy.default or then.reads != fill.targets:
             return False
         before, after = fill.targets[0], then.targets[0]
         mine, theirs = self._windows.get(before.storage), self._windows.get(after.storage)

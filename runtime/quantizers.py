@@ -54,7 +54,8 @@ class Torchao:
         if self._by_rows and _is_large(layer) and self._keeps_rows(layer):
             self._in_stretches(layer)
             return layer
-        return self._whole(layer)
+        made: nn.Module = self._whole(layer)
+        return made
 
     def _in_stretches(self, layer: Any) -> None:
         """Some rows after the other: in one go, torchao's temporaries take several times as much as the weight itself."""
@@ -82,6 +83,8 @@ class Torchao:
         if not is_traceable_wrapper_subclass(made):
             return False
         parts = [getattr(made, name) for name in made.__tensor_flatten__()[0]]
+        if any(is_traceable_wrapper_subclass(part) for part in parts):
+            return False
         return all(part.is_contiguous() and part.shape[:1] == made.shape[:1] for part in parts)
 
     def _whole(self, layer: nn.Module) -> Any:
@@ -105,12 +108,17 @@ class Torchao:
 def is_by_rows(config: Any) -> bool:
     """Whether a torchao config, as data, makes each row of a weight by itself: whatever else does not, is quantized in one go.
 
-    >>> is_by_rows({"_type": "Float8WeightOnlyConfig", "_data": {"granularity": {"_type": "PerTensor", "_data": {}}}})
+    Of configs' versions only the second, whose weights are made of plain tensors.
+
+    >>> data = {"granularity": {"_type": "PerTensor", "_data": {}}}
+    >>> is_by_rows({"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": data})
     False
     """
     data, grain = config["_data"], _GRAINS.get(config["_type"])
     found = data.get(grain) if grain else None
-    if not isinstance(found, dict) or any(data.get(key, plain) != plain for key, plain in _PLAIN.items()):
+    if not isinstance(found, dict) or config.get("_version") != 2:
+        return False
+    if any(data.get(key, plain) != plain for key, plain in _PLAIN.items()):
         return False
     return (found["_type"], found["_data"].get("dim", found["_data"].get("axis"))) in _ROWS or found["_type"] == "PerGroup"
 
