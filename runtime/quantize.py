@@ -34,11 +34,13 @@ from .build import Build
 from .inplace import Whereto, fill_module
 from .materialize import restored_on_failure
 from .meta import meta_module, remembered
+from .pages import return_freed_memory
 from .placing import place, wrapped
 from .quantizers import Quantizer, quantizer
 from .ranks import Ranks
 from .targets import Target
 
+_TRIMMED = 2**26  # bytes of weights between one time that freed memory is returned and the next
 _Picks = Callable[[nn.Module, str], bool]
 
 
@@ -103,6 +105,12 @@ class _Layer:
     parent: nn.Module | None
     awaits: set[int] = field(default_factory=set)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its weight before it is quantized."""
+        weight = self.module._parameters.get("weight")
+        return 0 if weight is None else weight.numel() * weight.dtype.itemsize
+
 
 def _visited(module: nn.Module, chosen: _Picks, name: str = "", parent: nn.Module | None = None) -> Iterator[_Layer]:
     """The modules that torchao's `quantize_` comes to, in its order: it does not look into one that it quantizes."""
@@ -125,6 +133,7 @@ class _Layers(Whereto):
         self._steps: dict[int, tuple[Quantizing, Quantizer]] = {}
         self._layers: list[_Layer] = []
         self._of: dict[int, list[_Layer]] = {}
+        self._freed = 0
         for found in decisions.quantizing:
             self._add(module, found)
 
@@ -171,10 +180,12 @@ class _Layers(Whereto):
         """Quantize the layers that waited for nothing: whatever they hold was made outside of the constructor."""
         for layer in list(self._layers):
             self._quantize(layer)
+        return_freed_memory()
 
     def _quantize(self, layer: _Layer) -> None:
         self._layers.remove(layer)
         found, doing = self._steps.pop(id(layer))
+        self._freed += layer.nbytes
         try:
             made = doing(layer.module)
         except Exception as error:
@@ -182,6 +193,9 @@ class _Layers(Whereto):
         if made is not layer.module and layer.parent is not None:
             setattr(layer.parent, layer.name.rpartition(".")[2], made)
         layer.module = made  # the old one may hold the whole weight
+        if self._freed >= _TRIMMED:
+            self._freed = 0
+            return_freed_memory()
 
 
 def _failed(layer: _Layer, found: Quantizing, error: Exception) -> str:

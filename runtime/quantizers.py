@@ -64,13 +64,14 @@ class Torchao:
         like = self._whole(layer).weight
         names, context = like.__tensor_flatten__()
         parts = {name: torch.empty_like(getattr(like, name), device=weight.device) for name in names}
-        step = max(1, max(_STRETCH, weight.numel() // _STRETCHES) // weight.shape[1])
+        step = _rows_of(weight)
         for start in range(0, len(weight), step):
             rows = nn.Linear(1, 1, bias=False, device="meta")
             rows.weight = nn.Parameter(weight.detach()[start : start + step], requires_grad=False)
             made: Any = self._whole(rows).weight
             for name, part in parts.items():
                 part[start : start + step] = getattr(made, name)
+            del made  # or it is there while the next ones are made
         whole = type(like).__tensor_unflatten__(parts, context, like.shape, like.stride())
         layer.weight = nn.Parameter(whole, requires_grad=like.requires_grad)
 
@@ -96,13 +97,21 @@ class Torchao:
     def size(self, layer: nn.Module) -> Size:
         """Found by quantizing the meta tensors of a copy."""
         weight: Any = layer.weight
+        try:
+            made, peak = self._tried(_copied(layer))
+            if self._by_rows and _is_large(layer) and self._keeps_rows(layer):
+                rows = nn.Linear(1, 1, bias=False, device="meta")
+                rows.weight = nn.Parameter(torch.empty_like(weight[: _rows_of(weight)], device="meta"))
+                return size(weight.shape, weight.dtype, held_bytes(made), self._tried(rows)[1])
+        except Exception:  # whatever torchao lacks here (a kernel library, a device), another machine may have
+            return size(weight.shape, weight.dtype, None, None)
+        return size(weight.shape, weight.dtype, held_bytes(made), max(0, peak - held_bytes(made)))
+
+    def _tried(self, layer: nn.Module) -> tuple[torch.Tensor, int]:
+        """The quantized weight of a layer of meta tensors, and the most bytes that would be there meanwhile."""
         with _Allocations() as allocations:
-            try:
-                made: Any = self(_copied(layer)).weight
-            except Exception:  # whatever torchao lacks here (a kernel library, a device), another machine may have
-                return size(weight.shape, weight.dtype, None, None)
-        nbytes = held_bytes(made)
-        return size(weight.shape, weight.dtype, nbytes, max(0, allocations.peak - nbytes))
+            made: torch.Tensor = self._whole(layer).weight
+        return made, allocations.peak
 
 
 def is_by_rows(config: Any) -> bool:
@@ -143,6 +152,11 @@ def _is_large(layer: nn.Module) -> bool:
     if not isinstance(layer, nn.Linear) or type(weight) is not nn.Parameter or weight.numel() <= _STRETCH:
         return False
     return weight.is_contiguous() and weight.device.type in ("cpu", "meta")  # tried on the CPU only
+
+
+def _rows_of(weight: torch.Tensor) -> int:
+    """How many rows are quantized at a time."""
+    return max(1, max(_STRETCH, weight.numel() // _STRETCHES) // weight.shape[1])
 
 
 def _without_memory(tensor: torch.Tensor) -> nn.Parameter:

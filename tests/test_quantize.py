@@ -19,6 +19,7 @@ from groundplan.runtime import quantizers
 from .law import content
 
 SEED = 3
+INT4 = torch.int4  # type: ignore[attr-defined]
 warnings.filterwarnings("ignore", message="enable_nested_tensor")
 
 Build = Callable[[], nn.Module]
@@ -64,7 +65,7 @@ def configs() -> dict[str, Any]:
         "int8 by groups": quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32)),
         "int8 by tensor": quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor()),
         "int8 dynamic": quantization.Int8DynamicActivationInt8WeightConfig(),
-        "int4": quantization.IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=quantization.PerGroup(32)),
+        "int4": quantization.IntxWeightOnlyConfig(weight_dtype=INT4, granularity=quantization.PerGroup(32)),
         "float8": quantization.Float8WeightOnlyConfig(),
     }
 
