@@ -121,6 +121,7 @@ MODELS: dict[str, Callable[..., Build]] = {
     "Llama-3.1-405B": lambda **changes: published("llama-3.1-405b", **changes),
     "DeepSeek-V3": lambda **changes: published("deepseek-v3", **changes),
     "Llama-3.2-1B": lambda **changes: published("llama-3.2-1b", **changes),
+    "Llama-3.2-1B, untied": lambda **changes: published("llama-3.2-1b", tie_word_embeddings=False, **changes),
     "Llama-3.2-1B, 4 layers": lambda **changes: published("llama-3.2-1b", **{"num_hidden_layers": 4} | changes),
     "ViT-base": lambda **changes: published("vit-base-patch16-224", **changes),
     "ViT, 300M, trunc_normal_ at 2 sigma": truncated_vit,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .fold import fold_names
-from .layout import layout_line, layout_lines, tensor_placement
+from .layout import layout_line, layout_lines, tensor_placement, tensor_quantizing
 from .planner.decisions import Cast, Decisions, Move, Rule, castable, final_device, final_dtype
 from .planner.memory import memory
 from .planner.records import dtype_name
@@ -91,6 +91,8 @@ def _explain_tensor(graph: ParamGraph, decisions: Decisions, tensor: TensorNode)
     facts += list(_steps_for(tensor, storage, decisions))
     if (placement := tensor_placement(tensor, graph, decisions)) is not None:
         facts.append(("placement", placement))
+    if (quantized := tensor_quantizing(tensor, decisions)) is not None:
+        facts.append(("quantized", quantized))
     facts += list(_beginning(graph, tensor, storage))
     recipe = graph.recipe(tensor.name)
     dead = [op for op in graph.writers.get(storage.index, ()) if not op.live]
@@ -206,7 +208,7 @@ def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
         facts.append(("dtype", f"as constructed, under the default dtype {ambient.default_dtype}: you asked for no cast"))
     layout = layout_line(decisions)
     if layout is not None:
-        facts.append(("layout", f"{layout}: you asked for it"))
+        facts.append(("quantized" if decisions.quantizing else "layout", f"{layout}: you asked for it"))
     facts.append(("random stream", f"{decisions.reference}: {_why_stream(decisions)}"))
     if decisions.bound_state is not None:
         facts.append(("bound to", f"generator state {decisions.bound_state[:12]}: the constructor looks at random values"))

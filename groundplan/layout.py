@@ -1,14 +1,18 @@
-"""A plan's sharding and placing in words, for reports and explanations."""
+"""A plan's sharding, placing and quantizing in words, for reports and explanations."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from .fold import fold_names
-from .planner.decisions import Decisions
+from .planner.decisions import Decisions, final_dtype
+from .planner.quantizing import Quantizing, Size, quantized_names
 from .planner.rank_memory import coordinate_of, local_shape
+from .planner.records import dtype_named
 from .planner.sharding import Sharding
 from .tracer.graph import ParamGraph, TensorNode
+from .units import format_bytes
 
 _SHOWN = 8
 
@@ -20,7 +24,14 @@ def layout_line(decisions: Decisions) -> str | None:
         return f"shard between {ranks:,} rank{'s' * (ranks != 1)} ({decisions.sharding.describe()})"
     if decisions.placing is not None:
         return "place " + ", ".join(f"{rule.pattern} on {rule.device}" for rule in decisions.placing.rules)
+    if decisions.quantizing:
+        return "; ".join(map(_quantizing_line, decisions.quantizing))
     return None
+
+
+def _quantizing_line(found: Quantizing) -> str:
+    count = len(found.layers)
+    return f"quantize {count:,} layer{'s' * (count != 1)} by {found.describe()}"
 
 
 def layout_lines(graph: ParamGraph, decisions: Decisions) -> Iterator[str]:
@@ -31,6 +42,19 @@ def layout_lines(graph: ParamGraph, decisions: Decisions) -> Iterator[str]:
         for rule in decisions.placing.rules:
             matched = [tensor.name for tensor in graph.tensors if decisions.placing.rule_for(tensor) is rule]
             yield f"{rule.pattern} on {rule.device}: {_list(matched)}"
+    for found in decisions.quantizing:
+        yield f"{found.describe()}: {_list(found.layers)}"
+        yield from (f"{size.dtype}{list(size.shape)}: {quantized_size(size)}" for size in found.sizes)
+
+
+def quantized_size(size: Size) -> str:
+    """What becomes of a weight, in words."""
+    before = math.prod(size.shape) * dtype_named(size.dtype).itemsize
+    if size.nbytes is None:
+        return f"{format_bytes(before)}, quantized it is unknown here"
+    return (
+        f"{format_bytes(before)} → {format_bytes(size.nbytes)}" if size.nbytes != before else f"stays at {format_bytes(before)}"
+    )
 
 
 def _sharding_lines(graph: ParamGraph, sharding: Sharding) -> Iterator[str]:
@@ -74,6 +98,15 @@ def tensor_placement(tensor: TensorNode, graph: ParamGraph, decisions: Decisions
         return "every rank holds all of it"
     shape = local_shape(tensor.shape, cut, sharded, sharding, coordinate_of(sharding, 0))
     return f"divided {', then '.join(parts)}; rank 0 holds {list(shape)}"
+
+
+def tensor_quantizing(tensor: TensorNode, decisions: Decisions) -> str | None:
+    """What becomes of a weight that is quantized, under which of its names; None for a tensor that is not."""
+    lines = []
+    for name, found in quantized_names(tensor, decisions.quantizing).items():
+        size = found.size_of(tensor.shape, final_dtype(tensor, decisions))
+        lines.append(f"as {name}, by {found.describe()}" + (f": {quantized_size(size)}" if size is not None else ""))
+    return "; ".join(lines) or None
 
 
 def _list(names: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from .planner.decisions import Decisions, default_decisions
 from .planner.memory import Memory, memory
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
+from .planner.quantizing import Filter
 from .planner.sharding import LAYERS, sharding
 from .planner.workload import Training
 from .report import Report
@@ -217,6 +218,30 @@ class Plan:
         """
         return replace(self, _decided=self.decisions.place(placing(devices, self.graph)))
 
+    def quantize(self, config: Any, *, filter: Filter = None) -> Plan:
+        """Quantize linear layers while building, each as soon as it is filled: the same as `torchao.quantization.quantize_`.
+
+        `config` is any torchao config (`Int8WeightOnlyConfig()`, ...), `filter` says which layers: a pattern of their names or
+        several (`*` as in `fnmatch`; the plain name of a module picks it whatever it is), or a function of (module, name) as
+        `quantize_` takes, asked now; None is torchao's default, every `nn.Linear`. What is built equals
+        `quantize_(model, config, filter)` on the eager model after the plan's casts, and takes the quantized bytes and about one
+        layer. What torchao leaves alone stays as it is: Int4WeightOnlyConfig, where its group size does not divide a row.
+
+        `"bnb.nf4"`, `"bnb.nf4-dq"`, `"bnb.fp4"`, `"bnb.fp4-dq"` and `"bnb.int8"` put layers of bitsandbytes in their places
+        instead, quantized from the plan's dtype; what they compute in is bitsandbytes' choice, by their input.
+
+        Several calls quantize layers of their own each; `cast` and `to` come before. Raises `DecisionError` for a pattern that
+        matches nothing, a config that cannot be saved, beside `shard` and `place`, and where torchao or bitsandbytes is missing.
+
+        >>> from torchao.quantization import Int8WeightOnlyConfig  # doctest: +SKIP
+        >>> plan = trace(torch.nn.Linear, 3, 4).quantize(Int8WeightOnlyConfig())  # doctest: +SKIP
+        >>> plan.materialize(seed=0).weight.dequantize().shape  # doctest: +SKIP
+        torch.Size([4, 3])
+        """
+        from .runtime.quantize import quantizing
+
+        return replace(self, _decided=self.decisions.quantize(quantizing(self._bound, self.decisions, config, filter)))
+
     def _own_rules(self, tensor: str) -> Mapping[str, str]:
         """The tensor parallel plan that a transformers model brings along."""
         if tensor != "auto":
@@ -329,6 +354,10 @@ class Plan:
             from .runtime.dispatch import materialize_placed
 
             return materialize_placed(self._bound, self.decisions, seed, rng, uninitialized, threads, offload_dir, load)
+        if self.decisions.quantizing:
+            from .runtime.quantize import materialize_quantized
+
+            return materialize_quantized(self._bound, self.decisions, seed, rng, uninitialized, threads, load)
         with _shown(progress, self.memory().phases["construct"]) as callback:
             if load is not None:
                 from .runtime.loaded import materialize_loaded

@@ -71,6 +71,7 @@ class Report(Shown):
             "decisions": [step.model_dump(mode="json") for step in self.decisions.steps],
             "sharding": self.decisions.sharding and self.decisions.sharding.model_dump(mode="json"),
             "placing": self.decisions.placing and self.decisions.placing.model_dump(mode="json"),
+            "quantizing": [each.model_dump(mode="json") for each in self.decisions.quantizing],
             "parameters": _totals(self.graph.parameters) | {"trainable": _trainable(self.graph)},
             "buffers": _totals(self.graph.buffers),
             "attributes": _totals(_attributes(self.graph)),

@@ -7,6 +7,7 @@ from ..tracer.graph import ParamGraph
 from .check_sharding import check_sharding
 from .decisions import AmbientSettings, Cast, Decisions, Move, check_cast
 from .placing import check_placing
+from .quantizing import check_quantizing
 
 
 def check_decisions(decisions: Decisions, graph: ParamGraph) -> None:
@@ -27,6 +28,8 @@ def check_decisions(decisions: Decisions, graph: ParamGraph) -> None:
         check_sharding(decisions.sharding, graph)
     if decisions.placing is not None:
         check_placing(decisions.placing, graph)
+    for quantizing in decisions.quantizing:
+        check_quantizing(quantizing, graph)
 
 
 def _check_settings(decisions: Decisions, graph: ParamGraph) -> None:

@@ -23,6 +23,7 @@ from pydantic import Field, StringConstraints, field_validator
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import Ambient, ParamGraph, Storage, TensorNode
 from .placing import Placing
+from .quantizing import Quantizing, check_layers
 from .records import DTYPES, Record, device_name, dtype_name, dtype_named
 from .sharding import Sharding
 
@@ -142,7 +143,7 @@ class Decisions(Record):
 
     `fingerprint` is the graph's. `bound_state` is a digest of the generator state that the tape holds for, where the constructor
     looked at random values; else None. `constructor` is for display only and never imported. `sharding` is None where one process
-    builds it all, `placing` where that puts it on one device.
+    builds it all, `placing` where that puts it on one device. `quantizing` is done after the steps, each to layers of its own.
     """
 
     constructor: str
@@ -155,6 +156,7 @@ class Decisions(Record):
     steps: tuple[Step, ...]
     sharding: Sharding | None = None
     placing: Placing | None = None
+    quantizing: tuple[Quantizing, ...] = ()
 
     @property
     def casts(self) -> tuple[Cast, ...]:
@@ -184,6 +186,7 @@ class Decisions(Record):
         """These decisions, with the module divided as `sharding` says; raises `DecisionError` beside `place`."""
         if self.placing is not None:
             raise DecisionError("the plan places tensors on several devices of one process; it cannot be sharded as well")
+        self._check_not_quantized("shard")
         return self.model_copy(update={"sharding": sharding})
 
     def place(self, placing: Placing) -> Decisions:
@@ -192,9 +195,26 @@ class Decisions(Record):
             raise DecisionError("the plan shards the module between ranks, each of which has one device; leave out .place(...)")
         if any(isinstance(step, Move) for step in self.steps):
             raise DecisionError("the plan moves the module to one device; leave out .to(...), or .place(...)")
+        self._check_not_quantized("place")
         return self.model_copy(update={"placing": placing})
 
+    def quantize(self, quantizing: Quantizing) -> Decisions:
+        """These decisions, followed by `quantizing`; raises `DecisionError` beside `shard` and `place`, and for a layer twice."""
+        for name, other in (("shard", self.sharding), ("place", self.placing)):
+            if other is not None:
+                raise DecisionError(f"a plan that quantizes builds on one device; leave out .{name}(...), or .quantize(...)")
+        check_layers(quantizing, self.quantizing)
+        return self.model_copy(update={"quantizing": (*self.quantizing, quantizing)})
+
+    def _check_not_quantized(self, name: str) -> None:
+        if self.quantizing:
+            raise DecisionError(f"the plan quantizes ({self.quantizing[0].describe()}), on one device; leave out .{name}(...)")
+
     def _followed_by(self, step: Cast | Move) -> Decisions:
+        if self.quantizing:
+            raise DecisionError(
+                "quantized layers are neither cast nor moved; say plan.cast(...) and plan.to(...) before .quantize(...)"
+            )
         return self.model_copy(update={"steps": (*self.steps, step)})
 
 

@@ -16,6 +16,7 @@ from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
 from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
+from .quantizing import Quantizing
 from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
 from .workload import Training
 
@@ -136,7 +137,7 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
-    if decisions.sharding is not None or decisions.placing is not None:
+    if decisions.sharding is not None or decisions.placing is not None or decisions.quantizing:
         return _of_rank(graph, decisions, workload, 0)
     walk = _Walk(graph)
     for step in decisions.steps:
@@ -148,7 +149,7 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
 
 
 def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
-    """The same for one rank of a sharded plan, or the one process of a plan that places tensors."""
+    """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
     timelines = rank_timelines(graph, decisions, workload, rank)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     return Memory(
@@ -423,13 +424,25 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
 
 
+def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:
+    unknown = [size for size in quantizing.sizes if size.nbytes is None]
+    if unknown:
+        shapes = ", ".join(f"{size.dtype}{list(size.shape)}" for size in unknown[:3])
+        what = f"{quantizing.describe()} cannot be tried where the plan was made"
+        yield f"{what}: weights of {shapes}{' and others' * (len(unknown) > 3)} count as not quantized"
+    else:
+        yield "construct quantizes a layer as soon as its last tensor is made; a layer is taken to have its weight last"
+
+
 def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
-    """The same for one rank of a sharded plan, or the one process of a plan that places tensors."""
+    """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
     sharding = decisions.sharding
     if sharding is not None:
         yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
+    for quantizing in decisions.quantizing:
+        yield from _quantizing_notes(quantizing)
     yield LOAD_NOTE
     if workload is not None:
         yield "training: activations, gathered units and communication buffers are not included yet"

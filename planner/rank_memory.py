@@ -17,6 +17,7 @@ from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
 from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .placing import DISK
+from .quantizing import quantized_names
 from .sharding import Axis, Cut, Sharding
 from .workload import Training
 
@@ -38,7 +39,10 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made."""
+    """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made.
+
+    `quantized` are the bytes of what has been made of it, which it may have been dropped for.
+    """
 
     tensor: TensorNode
     device: str
@@ -47,10 +51,11 @@ class Held:
     working: int
     itemsize: int
     trains: bool
+    quantized: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.itemsize
+        return self.numel * self.itemsize + self.quantized
 
 
 def coordinate_of(sharding: Sharding, rank: int) -> dict[str, int]:
@@ -92,10 +97,11 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
     for each in held:
         constructed += [_change(each, each.working), _change(each, each.nbytes), _change(each, -each.working)]
         weights.append(_change(each, each.nbytes))
-    found = {"construct": constructed, "load": [*weights, *staged(weights)]}
+    whole = [_change(each, max(each.nbytes, each.working)) for each in held]  # a layer is read before it is quantized
+    found = {"construct": constructed, "load": [*weights, *(_largest(whole) if decisions.quantizing else staged(weights))]}
     state: list[Change] = []
     if workload is not None:
-        padded = [_change(each, each.padded * each.itemsize) for each in held]
+        padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
         trained = [each for each in held if each.trains]
         gradients = [_change(each, each.padded * each.itemsize) for each in trained]
         buckets = gradients if _is_ddp(decisions) else []
@@ -153,12 +159,26 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
         )
-        yield held if held.device != DISK else _on_disk(held)
+        yield _quantized(held, decisions) if held.device != DISK else _on_disk(held)
 
 
 def _on_disk(held: Held) -> Held:
     """A tensor that is written to disk as soon as it is made: in memory it is there only meanwhile."""
     return replace(held, device=HOST, numel=0, padded=0, working=held.working + held.nbytes, trains=False)
+
+
+def _quantized(held: Held, decisions: Decisions) -> Held:
+    """The same of a quantized weight: whole only meanwhile, unless a module that is not quantized has it as well."""
+    tensor, whole = held.tensor, held.numel * held.itemsize
+    layers = quantized_names(tensor, decisions.quantizing)
+    sizes = [each.size_of(tensor.shape, final_dtype(tensor, decisions)) for each in layers.values()]
+    made = [size.nbytes if size is not None and size.nbytes is not None else whole for size in sizes]
+    working = max((size.working or 0 for size in sizes if size is not None), default=0)
+    if not layers or made == [whole]:
+        return held
+    if set(layers) < set(tensor.names):
+        return replace(held, quantized=sum(made), working=max(held.working, working))
+    return replace(held, numel=0, padded=0, quantized=sum(made), working=max(held.working, working) + whole, trains=False)
 
 
 def _device(tensor: TensorNode, graph: ParamGraph, decisions: Decisions) -> str:
@@ -188,7 +208,13 @@ def _working(tensor: TensorNode, graph: ParamGraph, decisions: Decisions, numel:
     if not all(_is_by_element(op) for op in recipe):
         return sum(graph.storages[storage].nbytes for storage in {view.storage for op in recipe for view in op.targets})
     casts = [cast_dtype(tensor, cast) for cast in decisions.casts]
-    return numel * tensor.dtype.itemsize if any(dtype != tensor.dtype for dtype in casts) else 0
+    changed = any(dtype != tensor.dtype for dtype in casts)
+    return numel * tensor.dtype.itemsize if changed and not (len(casts) == 1 and _is_converted(tensor, recipe)) else 0
+
+
+def _is_converted(tensor: TensorNode, recipe: Sequence[Op]) -> bool:
+    """Whether it is converted while it is drawn: nothing but one fill of all of it, whose length is known."""
+    return len(recipe) == 1 and is_random_fill(recipe[0].func) and recipe[0].targets == (tensor.view,)
 
 
 def _is_by_element(op: Op) -> bool:

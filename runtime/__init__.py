@@ -16,7 +16,14 @@ second, so it is imported when it is called:
 * `targets`, `regions`: what is to be filled, and which part of it is here; `placing`: how it gets there;
 * `ranks`, `agreement`, `shared`: what the ranks tell each other;
 * `modules`: one submodule at a time, for `fsdp1` and `zero3`, engines that divide each unit as soon as it has its values;
-* `dispatch`: several devices in one process, by accelerate.
+* `dispatch`: several devices in one process, by accelerate;
+* `quantize`: layers quantized as soon as they are filled, by torchao or bitsandbytes (`quantizers`: one layer).
+
+A checkpoint is a source of values. `checkpoint` opens one by its form (`safetensors_form`, `torch_form`, `dcp_form`; `files`):
+
+* `entries`: its tensors, any box of which is read into place; `hub`, `tiles`: those of a transformers model, converted;
+* `matching`: which tensor comes from which entry; `loading`: reading them; `loaded`: `plan.materialize` with one;
+* `saving`, `new_files`: writing one.
 """
 
 from .build import Build

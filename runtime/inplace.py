@@ -39,7 +39,7 @@ from .entries import Entry
 from .keyed import KeyedReplay, Keys, drawn_seed
 from .loading import Load, Loading, Read, opened, read_all
 from .materialize import restored_on_failure
-from .meta import Blueprint, meta_module
+from .meta import Blueprint, check_not_quantized, meta_module
 from .parallel import apply_sharding, check_mesh, group_of, mesh_of
 from .parts import PartialReplay, Wanted
 from .placing import check_hooks, place, renew_weak_references, wrapped
@@ -70,6 +70,7 @@ def materialize_module(
     Every rank of `group` makes the same call. Raises `MaterializeError`, `UninitializedError`, and `RanksError` where the ranks
     do not agree or one of them fails; the module and the generators are then as they were.
     """
+    check_not_quantized(module)
     with together(group, timeout) as ranks:
         return fill_module(module, ranks, seed, rng, uninitialized, device, threads, load, own=own)
 

@@ -59,6 +59,17 @@ def forget(module: nn.Module) -> None:
         each.__dict__.pop(_MEMORY, None)
 
 
+def check_not_quantized(module: nn.Module) -> None:
+    """Raise `MaterializeError` for a part of a meta module whose plan quantizes."""
+    for each in module.modules():
+        memory = remembered(each)
+        if memory is not None and memory.blueprint.decisions.quantizing:
+            raise MaterializeError(
+                f"the plan quantizes ({memory.blueprint.decisions.quantizing[0].describe()}), which plan.materialize() does; to "
+                "fill a meta module, take it from the plan before .quantize(...)"
+            )
+
+
 def meta_module(build: Build, decisions: Decisions) -> Any:
     """What `build()` returns, with the casts of `decisions` done to it, made of meta tensors; a new one at each call.
 

@@ -1,4 +1,6 @@
-"""Huge pages for new memory: the first write to each 4 kB of it costs nearly as much as the random numbers that go there.
+"""Huge pages for new memory, and memory given back.
+
+The first write to each 4 kB costs nearly as much as the random numbers that go there.
 
 Linux gives out 2 MB at a time where a program asks for that (`madvise`), unless an administrator has forbidden it. Only whole
 huge pages inside the tensor are asked for, so that it takes no more memory than before.
@@ -40,6 +42,16 @@ def passing_row(numel: int, dtype: torch.dtype) -> torch.Tensor:
     if numel * dtype.itemsize < _PASSING:
         return torch.zeros(numel, dtype=dtype)
     return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize), dtype=dtype)
+
+
+def return_freed_memory() -> None:
+    """Give what has been freed back to the system, where the C library can be asked to (glibc).
+
+    It keeps what lies between blocks that are still in use: a gigabyte, where large tensors go and small ones stay by turns.
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def huge_pages() -> str:

@@ -49,6 +49,8 @@ class PartialReplay(Replay):
         self._needed: frozenset[int] = frozenset()
         self._held: Counter[int] = Counter()
         self._deliveries = _Deliveries((), _kept)
+        self._conversions: Mapping[int, Op] = {}
+        self._converted: set[int] = set()
 
     def run_whole(self, views: Sequence[View]) -> list[torch.Tensor]:
         """All of every view; views of one storage share its memory, which is nobody else's."""
@@ -75,6 +77,7 @@ class PartialReplay(Replay):
         ops = [self._ops[index] for index in needed]
         elsewhere = [each.index for each in self._records if each.constant is not None or _is_missing(str(each.device))]
         self._windows = Windows(ops, self._nbytes, elsewhere, self._is_by_element).find(wanted)
+        self._conversions, self._converted = self._find_conversions(ops), set()
 
     def run_parts(
         self, wanted: Wanted, ends: Sequence[StreamPosition] = (), deliver: Deliver = _kept
@@ -122,6 +125,30 @@ class PartialReplay(Replay):
             yield
         finally:
             self._windows, self._made = windows, made
+
+    def _find_conversions(self, ops: Sequence[Op]) -> Mapping[int, Op]:
+        """By the number of a fill, the op that converts what it writes, where nothing else is done with that.
+
+        The numbers are then converted while they are drawn, as a window in the dtype of the fill would take more than the result.
+        """
+        uses: dict[int, list[Op]] = {}
+        for op in ops:
+            for storage in {view.storage for view in (*op.reads, *op.targets)}:
+                uses.setdefault(storage, []).append(op)
+        kept = frozenset(self._storages_wanted)
+        pairs = [found for storage, found in uses.items() if len(found) == 2 and storage not in kept]
+        found = [(fill, then) for fill, then in pairs if self._converts(fill, then)]
+        return {fill.index: then for fill, then in found if len(uses[then.targets[0].storage]) == 1}
+
+    def _converts(self, fill: Op, then: Op) -> bool:
+        if fill.position is None or then.func is not aten._to_copy.default or then.reads != fill.targets:
+            return False
+        before, after = fill.targets[0], then.targets[0]
+        mine, theirs = self._windows.get(before.storage), self._windows.get(after.storage)
+        if mine is None or theirs is None or (before.size, before.stride) != (after.size, after.stride):
+            return False
+        on_host = all(str(self._records[view.storage].device) == "cpu" for view in (before, after))
+        return on_host and not (before.dtype.is_complex or after.dtype.is_complex) and mine.local(before) == theirs.local(after)
 
     def _is_by_element(self, op: Op) -> bool:
         return by_element(op, draws_by_element)
@@ -184,7 +211,7 @@ class PartialReplay(Replay):
         local = self._local(op)
         if local is None:
             super()._call(op)
-        elif all(local):
+        elif all(local) and op.index not in self._converted:
             self._by_element(op, local)
 
     def _by_element(self, op: Op, local: Box) -> None:
@@ -218,8 +245,9 @@ class PartialReplay(Replay):
         fill = Fill.of_op(op)
         if fill is not None:
             if all(local):
-                workers = self._threaded.workers
-                self._fill_box(op, local, lambda size, box, out: fill_box(fill, size, box, out, start, workers))
+                workers, then = self._threaded.workers, self._conversions.get(op.index, op)
+                self._fill_box(then, local, lambda size, box, out: fill_box(fill, size, box, out, start, workers))
+                self._converted.add(then.index)
             return start.after(fill.draw)
         truncated = _sure(Truncated.of_op(op))
         before = self._drawn_before.pop(op.index, None)

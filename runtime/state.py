@@ -9,6 +9,7 @@ import torch
 
 from ..planner.check import check_decisions
 from ..planner.decisions import Decisions, final_device
+from ..planner.quantizing import quantized_names
 from ..tracer.ambient import host_random_from, one_at_a_time
 from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph
@@ -41,6 +42,7 @@ def materialize_state(
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
     check_rng(rng, build.graph)
+    _check_not_quantized([names] if isinstance(names, str) else names, build.graph, decisions)
     indices = dict(names) if isinstance(names, Mapping) else {}
     names = [names] if isinstance(names, str) else list(names)
     with one_at_a_time, generators_kept(), host_random_from(build.origin.host), Workers(threads) as workers:
@@ -57,6 +59,12 @@ def materialize_state(
         replay = PartialReplay(*options) if keys is None else KeyedReplay(keys, *options)
         found = _replayed(graph, boxes, replay)
     return {name: _placed(name, each, build.graph, decisions) for name, each in found.items()}
+
+
+def _check_not_quantized(names: Iterable[str], graph: ParamGraph, decisions: Decisions) -> None:
+    for name in names if decisions.quantizing else ():
+        if name in quantized_names(graph.tensor(name), decisions.quantizing):
+            raise MaterializeError(f"{name} is quantized with its layer; take it from a plan before .quantize(...)")
 
 
 def _replayed(graph: ParamGraph, parts: Mapping[str, Part], replay: PartialReplay) -> dict[str, torch.Tensor]:
