@@ -97,8 +97,8 @@ def fill_module(
     with (
         one_at_a_time,
         restored_on_failure(),
-        Workers(threads) as workers,
         opened(load, blueprint.build.graph, module) as loading,
+        Workers(threads) as workers,  # ends first: nobody reads from files that are closed
     ):
         job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device, loading, progress)
         ranks.agree(job.says(seed) if ranks.count > 1 else {})
@@ -290,8 +290,8 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers) -> list
         loaded = _loaded(job, workers)
         found, reached = _replayed(job, nodes, replay, boxes, wanted, ends)
         if job.loading is not None:
-            over = [each for number, entry in job.entries_over.items() for each in _reads(job, number, entry, found[number])]
-            read_all(over, job.loading.checkpoint, workers)
+            for number, entry in job.entries_over.items():  # one by one, in load_state_dict's order: the last one counts
+                read_all(_reads(job, number, entry, found[number]), job.loading.checkpoint, workers)
     restore_generators(states | reached)
     return [(found | loaded)[number] for number in range(len(nodes))]
 

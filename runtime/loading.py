@@ -127,6 +127,15 @@ def _differ(first: Entry, other: Entry, rows: int = 2**22) -> bool:
         one, two = (torch.empty(read.out.shape, dtype=each.dtype) for each in (first, other))
         first.read(read.box, one)
         other.read(read.box, two)
-        if not torch.equal(one.to(two.dtype), two):
+        if not _equal(one, two):
             return True
     return False
+
+
+def _equal(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether they hold the same, with a NaN equal to a NaN."""
+    if one.dtype == two.dtype and torch.equal(one.view(-1).view(torch.uint8), two.view(-1).view(torch.uint8)):
+        return True
+    kind = torch.promote_types(one.dtype, two.dtype) if one.dtype != two.dtype else one.dtype
+    one, two = (each.to(torch.float32 if kind.itemsize == 1 and kind.is_floating_point else kind) for each in (one, two))
+    return bool(((one == two) | ((one != one) & (two != two))).all())

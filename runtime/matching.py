@@ -67,7 +67,7 @@ def matched(graph: ParamGraph, checkpoint: Checkpoint, missing: str = "init", un
         problem = _problem(name, node, entry)
         if problem:
             problems.append(problem)
-        elif node.name in found and found[node.name].position != entry.position:
+        elif node.name in found and found[node.name].elements != entry.elements:
             ties.append((name, found[node.name], entry))
         else:
             found.setdefault(node.name, entry)
