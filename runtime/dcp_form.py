@@ -10,6 +10,7 @@ import enum
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,7 +97,9 @@ class _Unpickler(pickle.Unpickler):
     """
 
     def __init__(self, file: File) -> None:
-        super().__init__(io.BytesIO(file.head(file.size)))
+        pickled = file.head(file.size)
+        _check_sizes(pickled)
+        super().__init__(io.BytesIO(pickled))
         self._path = file.path
         self._own: dict[tuple[str, str], Any] = {}
 
@@ -112,6 +115,31 @@ class _Unpickler(pickle.Unpickler):
             f"{self._path} names {module}.{name}, which is no part of DCP's metadata; to read it would execute code, so it is "
             "refused"
         )
+
+
+_ARGUMENTS = {ord(each.code): each.arg.n if each.arg else 0 for each in pickletools.opcodes}
+_COUNTS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4, pickletools.TAKEN_FROM_ARGUMENT4U: 4}
+_COUNTS[pickletools.TAKEN_FROM_ARGUMENT8U] = 8
+_STOP, _TWO_LINES, _LINE_PUT, _LONG_PUT = ord("."), b"ci", ord("p"), ord("r")
+
+
+def _check_sizes(pickled: bytes) -> None:
+    """Raise `ValueError` where a pickle says sizes beyond its own: Python would take so much memory before it looks further."""
+    at = 0
+    while (code := pickled[at]) != _STOP:
+        size, at = _ARGUMENTS[code], at + 1
+        start = at
+        if size >= 0:
+            at += size
+        elif size == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if code in _TWO_LINES else 1):
+                at = pickled.index(b"\n", at) + 1
+        else:
+            at += _COUNTS[size] + int.from_bytes(pickled[at : at + _COUNTS[size]], "little")
+        number = int.from_bytes(pickled[start:at], "little") if code == _LONG_PUT else 0
+        number = int(pickled[start:at]) if code == _LINE_PUT else number
+        if max(at, number) > len(pickled):
+            raise ValueError("it is cut short or damaged")
 
 
 def _own(found: Any) -> Any:

@@ -103,7 +103,7 @@ def fill_module(
         job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device, loading, progress)
         ranks.agree(job.says(seed) if ranks.count > 1 else {})
         if loading is not None and ranks.rank == 0:
-            loading.matched.log_missing()
+            loading.matched.log_missing(alone=ranks.count == 1)
         held = _filled(job, seed, ranks, workers)
         made = [wrapped(target.tensor, local) for target, local in zip(targets, held, strict=True)]
         ranks.finish()

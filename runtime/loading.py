@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ..tracer.errors import CheckpointError
 from ..tracer.graph import ParamGraph, TensorNode
 from .boxes import Box, whole_box
 from .checkpoint import Checkpoint, Rename, Source, open_checkpoint
-from .entries import Entry
+from .entries import Entry, Held, is_plain
 from .matching import Matched, matched
+from .meta import remembered
 from .pages import prefer_huge_pages
 from .workers import Workers
 
@@ -51,16 +53,29 @@ class Loading:
 
 
 @contextmanager
-def opened(load: Load | None, graph: ParamGraph, modules: Any) -> Iterator[Loading | None]:
+def opened(load: Load | None, graph: ParamGraph, module: nn.Module) -> Iterator[Loading | None]:
     """The checkpoint that the user names, for a module with `graph`; raises `CheckpointError` where it does not fit."""
     if load is None:
         yield None
         return
     with open_checkpoint(load.source) as checkpoint:
         checkpoint = checkpoint.renamed(load.rename)
-        found = matched(graph, checkpoint, load.missing, load.unexpected)
+        members = members_of(module)
+        found = matched(graph, checkpoint, members, load.missing, load.unexpected)
         check_ties(found)
+        check_outside(found, graph, members)
         yield Loading(checkpoint, found, load)
+
+
+def members_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a meta module, or of a part of one, by their names in the plan."""
+    known = [(memory.name, each) for each in module.modules() if (memory := remembered(each)) is not None]
+    return {
+        f"{name}.{key}" if name else key: tensor
+        for name, each in known
+        for key, tensor in (*each._parameters.items(), *each._buffers.items())
+        if tensor is not None
+    }
 
 
 class Read(NamedTuple):
@@ -117,6 +132,19 @@ def check_ties(matched: Matched) -> None:
             raise CheckpointError(
                 f"{first.name} and {other.name} are one tensor in the module, and {matched.where} has different values for them; "
                 f"untie them in the constructor, or leave one out: rename={{r'^{re.escape(name)}$': None}}"
+            )
+
+
+def check_outside(matched: Matched, graph: ParamGraph, members: Mapping[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError` for other values of a tensor that the constructor was given, which is not ours to write to."""
+    for name, entry in matched.entries.items():
+        tensor, storage = members.get(name), graph.storages[graph.by_name[name].view.storage]
+        if storage.constant is None or tensor is None or tensor.is_meta or not is_plain(tensor):
+            continue
+        if _differ(entry, Held(name, tensor.detach())):
+            raise CheckpointError(
+                f"{entry.name} has another value in {matched.where} than in the module, where it was passed to the constructor "
+                f"and stays as it is: load it before, or leave it out, rename={{r'^{re.escape(name)}$': None}}"
             )
 
 

@@ -44,7 +44,8 @@ def entries(file: File) -> dict[str, Entry]:
 def _loaded(file: File, at: int, length: int, device: str) -> Any:
     """What torch reads in a file of its own, which is so many bytes of `file`; on the meta device it reads no elements."""
     try:
-        return torch.load(Slice(file, at, length, "what it holds"), map_location=device, weights_only=True)
+        source: Any = Slice(file, at, length, "what it holds")
+        return torch.load(source, map_location=device, weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -132,5 +133,5 @@ def _as_stored(file: File) -> bool:
             order = next((each for each in archive.infolist() if each.filename.endswith("/byteorder")), None)
             little = order is None or archive.read(order) == b"little"
             return little and all(each.compress_type == zipfile.ZIP_STORED for each in archive.infolist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, LookupError, EOFError):  # torch says what is wrong
         return False

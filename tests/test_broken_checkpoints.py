@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint import state_dict_saver
 
 import groundplan as gp
 from groundplan.runtime.files import File
@@ -163,7 +163,7 @@ def saved(form: str, folder: Path, tensors: Any = None) -> Path:
     if form == "safetensors":
         save_file(tensors, path)
     elif form == "dcp":
-        dcp.save(tensors, checkpoint_id=path, no_dist=True)
+        state_dict_saver.save(tensors, checkpoint_id=path, no_dist=True)
     else:
         torch.save(tensors, path, _use_new_zipfile_serialization=form == "torch")
     return path
@@ -841,11 +841,8 @@ def test_a_file_that_is_replaced_is_still_read_as_it_was(
     """Another file of that name is another file: what was opened stays, whole; never a mixture of the two."""
     tensors = state()
     path = saved(form, tmp_path)
-    other = saved(
-        form,
-        tmp_path / "other" if (tmp_path / "other").mkdir() is None else tmp_path,
-        {name: tensor + 1 for name, tensor in reversed(tensors.items())},
-    )
+    (tmp_path / "other").mkdir()
+    other = saved(form, tmp_path / "other", {name: tensor + 1 for name, tensor in reversed(tensors.items())})
     file, new = (next(each.glob("*.distcp")) if form == "dcp" else each for each in (path, other))
     real, done = File.read, [False]
 
