@@ -125,5 +125,5 @@ class Slice:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, to be written."""
-    row: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    row: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()  # a single element's stride is any
     return memoryview(row)

@@ -53,8 +53,7 @@ class Mixed(nn.Module):
         self.register_buffer("row", self.get_buffer("table")[1])
         self.register_buffer("noise", torch.zeros(4), persistent=False)
         self.register_buffer("mask", torch.rand(5) > 0.5)
-        self.half = nn.Linear(3, 3).half()
-        self.double = nn.Linear(3, 3).double()
+        self.as_half, self.as_double = nn.Linear(3, 3).half(), nn.Linear(3, 3).double()
         self.frozen = nn.Parameter(torch.rand(3), requires_grad=False)
 
 
@@ -336,6 +335,9 @@ def test_a_cast_by_patterns(tmp_path: Path) -> None:
 
 class NothingDrawn(TorchDispatchMode):
     """Raises where torch draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert torch.Tag.nondeterministic_seeded not in func.tags, func
