@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 
+import groundplan as gp
+
 from .law import content, is_opaque, named_tensors, roots
 
 State = dict[str, torch.Tensor]
@@ -136,6 +138,12 @@ def eager(build: Callable[[], Any], tensors: State, seed: int, dtype: torch.dtyp
         own = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         assert not root.load_state_dict(own, strict=False).unexpected_keys
     return built
+
+
+def is_drawn(graph: gp.ParamGraph, some: State) -> bool:
+    """Whether anything that a checkpoint with these tensors does not have depends on random numbers."""
+    made = [each for each in graph.tensors if each.kind == "attribute" or not any(name in some for name in each.names)]
+    return bool(graph.seed_dependent) or any(op.random for each in made for op in graph.recipe(each.name))
 
 
 def assert_same_values(expected: Any, found: Any) -> None:
