@@ -20,7 +20,7 @@ import torch
 
 from ..tracer.errors import CheckpointError
 from . import dcp_form, safetensors_form, torch_form
-from .entries import Entry, Held
+from .entries import Entry, held
 from .files import File
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor]
@@ -82,7 +82,11 @@ def open_checkpoint(source: Source) -> Iterator[Checkpoint]:
         raise CheckpointError(f"checkpoint={source!r} is neither a path nor a mapping of names to tensors") from None
     files: list[File] = []
     try:
-        yield _opened(path, files)
+        try:
+            found = _opened(path, files)
+        except OSError as error:  # a folder that may not be read, a name that is too long
+            raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+        yield found
     finally:
         for file in files:
             file.close()
@@ -92,7 +96,7 @@ def _held(tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"a state dict maps names to tensors; {name!r} is mapped to a {type(tensor).__name__}")
-    return Checkpoint("the state dict", {name: Held(name, tensor.detach()) for name, tensor in tensors.items()})
+    return Checkpoint("the state dict", {name: held(name, tensor) for name, tensor in tensors.items()})
 
 
 def _opened(path: Path, files: list[File]) -> Checkpoint:
@@ -165,7 +169,7 @@ def _indexed(path: Path, files: list[File]) -> dict[str, Entry]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read the index {path}: {error}") from error
     found = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(found, dict) or not found:
@@ -180,6 +184,8 @@ def _by_patterns(rename: Mapping[str, str | None]) -> Callable[[str], str | None
     """The first pattern that is found in a name is replaced; None leaves the tensor out."""
     patterns = []
     for pattern, new in rename.items():
+        if new is not None and not isinstance(new, str):
+            raise CheckpointError(f"rename puts {new!r} in the place of {pattern!r}, which is neither a string nor None")
         try:
             patterns.append((re.compile(pattern), new))
         except (re.error, TypeError) as error:
@@ -188,10 +194,17 @@ def _by_patterns(rename: Mapping[str, str | None]) -> Callable[[str], str | None
     def renamed(name: str) -> str | None:
         for pattern, new in patterns:
             if pattern.search(name):
-                return None if new is None else pattern.sub(new, name)
+                return None if new is None else _put(pattern, new, name)
         return name
 
     return renamed
+
+
+def _put(pattern: re.Pattern[str], new: str, name: str) -> str:
+    try:
+        return pattern.sub(new, name)
+    except (re.error, IndexError) as error:
+        raise CheckpointError(f"rename cannot put {new!r} in the place of {pattern.pattern!r}: {error}") from error
 
 
 def _listed(names: Iterable[Any], shown: int = 8) -> str:

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..tracer.errors import CheckpointError
 from .boxes import Box, whole_box
@@ -41,6 +42,10 @@ class Entry(Protocol):
     def position(self) -> tuple[str, int]:
         """File and offset, by which reads are put in order."""
 
+    @property
+    def elements(self) -> Any:
+        """What says where the elements lie: two entries for which it is equal hold the same."""
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """Write the box into `out`, of the box's shape; raises `CheckpointError`."""
 
@@ -67,6 +72,11 @@ class Stored:
     def position(self) -> tuple[str, int]:
         """As an `Entry`."""
         return self.where, self.start
+
+    @property
+    def elements(self) -> Any:
+        """As an `Entry`."""
+        return self.where, self.start, self.shape, self.stride, self.dtype
 
     @property
     def end(self) -> int:
@@ -120,7 +130,12 @@ class Stored:
         """The same where stretches are short: whole rows, and the box out of them."""
         cut = run.dim if run.dim < len(box) and box[run.dim] != range(size[run.dim]) else run.dim - 1
         wider = tuple(part if dim < cut else range(size[dim]) for dim, part in enumerate(box))
-        inside = tuple(slice(None) if dim < cut else slice(p.start, p.stop, p.step) for dim, p in enumerate(box))
+        if cut == 0:  # a few of the rows of a dim with gaps
+            wider = (range(box[0].start, box[0][-1] + 1), *wider[1:])
+        inside = tuple(
+            slice(None) if dim < cut else slice(p.start - w.start, p.stop - w.start, p.step)
+            for dim, (p, w) in enumerate(zip(box, wider, strict=True))
+        )
         each = math.prod(map(len, wider[1:])) * self.dtype.itemsize
         rows = max(1, _ROWS // each) if cut > 0 else len(wider[0])
         for at in range(0, len(wider[0]), rows):
@@ -190,17 +205,26 @@ class Pieced:
         """As an `Entry`."""
         return self.pieces[0][1].position if self.pieces else (self.where, 0)
 
+    @property
+    def elements(self) -> Any:
+        """As an `Entry`."""
+        return self.shape, [(offsets, piece.elements) for offsets, piece in self.pieces]
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
         for offsets, piece in self.pieces:
-            common = [
-                range(max(part.start, offset), min(part.stop, offset + size))
-                for part, offset, size in zip(box, offsets, piece.shape, strict=True)
-            ]
-            if not all(common):
-                continue
-            target = out[tuple(slice(c.start - part.start, c.stop - part.start) for c, part in zip(common, box, strict=True))]
-            piece.read(tuple(range(c.start - o, c.stop - o) for c, o in zip(common, offsets, strict=True)), target)
+            parts = list(zip(box, offsets, piece.shape, strict=True))
+            places = tuple(_between(part, offset, offset + size) for part, offset, size in parts)
+            common = [part[place] for part, place in zip(box, places, strict=True)]
+            if all(common):
+                inside = tuple(range(c.start - o, c.stop - o, c.step) for c, o in zip(common, offsets, strict=True))
+                piece.read(inside, out[places])
+
+
+def _between(part: range, start: int, stop: int) -> slice:
+    """The places in `part` of its indices from `start` up to `stop`."""
+    first, last = (min(max(0, -((part.start - each) // part.step)), len(part)) for each in (start, stop))
+    return slice(first, last)
 
 
 @dataclass(frozen=True)
@@ -228,6 +252,12 @@ class Held:
         """As an `Entry`."""
         return "", 0
 
+    @property
+    def elements(self) -> Any:
+        """As an `Entry`."""
+        tensor = self.tensor
+        return tensor.device, tensor.data_ptr(), self.shape, tensor.stride(), self.dtype, tensor.is_conj(), tensor.is_neg()
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
         if all(box):
@@ -246,10 +276,38 @@ class Strange:
 
     divisible = True
     position = ("", 0)
+    elements = None
 
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
         raise CheckpointError(f"{self.name} in {self.where} {self.why}")
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is elements in memory and nothing else."""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
+def held(name: str, tensor: torch.Tensor, where: str = "the state dict") -> Entry:
+    """The entry of a tensor in memory."""
+    return Held(name, tensor.detach(), where) if is_plain(tensor) and not tensor.is_meta else strange(name, tensor, where)
+
+
+def strange(name: str, tensor: torch.Tensor, where: str) -> Strange:
+    """The entry of a tensor that is not read."""
+    if is_lazy(tensor):
+        return Strange(name, (), tensor.dtype, where, "has no values yet: its module is lazy")
+    kind = type(tensor).__name__ if type(tensor) not in PLAIN else "quantized" if tensor.is_quantized else _form(tensor)
+    return Strange(name, tuple(tensor.shape), tensor.dtype, where, f"is a {kind} tensor, which cannot be read in parts")
+
+
+def _form(tensor: torch.Tensor) -> str:
+    if tensor.is_nested or tensor.is_meta:
+        return "nested" if tensor.is_nested else "meta"
+    return str(tensor.layout).removeprefix("torch.")
 
 
 def read_whole(entry: Entry) -> torch.Tensor:

@@ -14,7 +14,9 @@ import torch
 
 from ..tracer.errors import CheckpointError
 
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is refused, not waited for
 _AT_ONCE = 2**30  # bytes; Linux reads no more than 2 GiB in one call
+_LINE = 128  # bytes; the lines in a pickle are names
 
 
 class File:
@@ -24,10 +26,10 @@ class File:
         self.path = Path(path)
         self._descriptor = -1
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._descriptor = os.open(self.path, os.O_RDONLY | _FLAGS)
             self._seen = os.fstat(self._descriptor)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+            raise CheckpointError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
         if not stat.S_ISREG(self._seen.st_mode):
             self.close()
             raise CheckpointError(f"{self.path} is not a file")
@@ -99,8 +101,13 @@ class Slice:
         return len(found)
 
     def readline(self) -> bytes:
-        """torch asks whether there is such a method, and does not call it."""
-        raise NotImplementedError
+        """The bytes up to the end of the line."""
+        found, at = b"", self._at
+        while b"\n" not in found and (more := self.read(_LINE)):
+            found += more
+        line = found[: found.find(b"\n") + 1 or None]
+        self._at = at + len(line)
+        return line
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position."""
@@ -118,5 +125,5 @@ class Slice:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, to be written."""
-    row: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    row: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()  # a single element's stride is any
     return memoryview(row)

@@ -290,6 +290,10 @@ class _ComputedEntry:
     def position(self) -> tuple[str, int]:
         return self.computation.sources()[0].position
 
+    @property
+    def elements(self) -> Any:
+        return id(self.computation), self.name
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         whole = self.latest.value(self.computation, self.name)
         out.copy_(whole[tuple(slice(each.start, each.stop, each.step) for each in box)])
@@ -350,6 +354,10 @@ class _TwiceStored:
     @property
     def position(self) -> tuple[str, int]:
         return self.entry.position
+
+    @property
+    def elements(self) -> Any:
+        return self.entry.elements
 
     def read(self, box: Box, out: torch.Tensor) -> None:
         """The box, and the other's to compare it with: twice the bytes, but few checkpoints are so."""

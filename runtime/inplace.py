@@ -37,7 +37,7 @@ from .build import Build
 from .check import check_device, check_devices, check_rng, check_uninitialized
 from .entries import Entry
 from .keyed import KeyedReplay, Keys, drawn_seed
-from .loading import Load, Loading, Read, opened, read_all
+from .loading import Load, Loading, Read, all_members, members_of, opened, read_all
 from .materialize import restored_on_failure
 from .meta import Blueprint, check_not_quantized, meta_module
 from .parallel import apply_sharding, check_mesh, group_of, mesh_of
@@ -125,12 +125,12 @@ def fill_module(
             stack.enter_context(generators_kept())
         stack.enter_context(one_at_a_time)
         stack.enter_context(restored_on_failure())
-        workers = stack.enter_context(Workers(threads))
-        loading = _opened(load, blueprint, stack, own)
+        loading = _opened(load, blueprint, module, stack, own)
+        workers = stack.enter_context(Workers(threads))  # they end first: nobody reads from files that are closed
         job = _Job.of(blueprint.build, blueprint.decisions, targets, rng, uninitialized, device, loading, progress)
         ranks.agree(job.says(seed) if ranks.count > 1 else {})
         if loading is not None and targets and (own is None or own.build is None):
-            loading.matched.log_missing()
+            loading.matched.log_missing(alone=ranks.count == 1 and own is None)
         held = _filled(job, seed, ranks, workers, own)
         made = [wrapped(target.tensor, local) for target, local in zip(targets, held, strict=True)]
         ranks.finish()
@@ -268,13 +268,14 @@ class _Job:
         return [_same_node(target, graph) for target in self.targets]
 
 
-def _opened(load: Load | None, blueprint: Blueprint, until: ExitStack, own: Own | None) -> Loading | None:
+def _opened(load: Load | None, blueprint: Blueprint, module: nn.Module, until: ExitStack, own: Own | None) -> Loading | None:
     """The checkpoint, open until the stack is left, or for as long as there are modules to fill one by one."""
     if own is not None and own.loading is not None:
         return own.loading
     uncast = blueprint.decisions.model_copy(update={"steps": ()})  # the blueprint's constructor casts already
-    kept = until if own is None else own.until
-    found = kept.enter_context(opened(load, blueprint.build.graph, lambda: meta_module(blueprint.build, uncast)))
+    graph, kept = blueprint.build.graph, until if own is None else own.until
+    members = members_of(module) if own is None else all_members(graph)
+    found = kept.enter_context(opened(load, graph, members, lambda: meta_module(blueprint.build, uncast)))
     if own is not None:
         own.loading = found
     return found
@@ -318,8 +319,8 @@ def _filled(job: _Job, seed: int | None, ranks: Ranks, workers: Workers, own: Ow
         loaded = _loaded(job, workers)
         found, reached = _replayed(job, nodes, replay, boxes, wanted, ends)
         if job.loading is not None:
-            over = [each for number, entry in job.entries_over.items() for each in _reads(job, number, entry, found[number])]
-            read_all(over, job.loading.checkpoint, workers)
+            for number, entry in job.entries_over.items():  # one by one, in load_state_dict's order: the last one counts
+                read_all(_reads(job, number, entry, found[number]), job.loading.checkpoint, workers)
         if own is not None:
             own.ends |= replay.ends()
     restore_generators(states | reached)

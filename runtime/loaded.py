@@ -7,6 +7,7 @@ tensors (gradient hooks, a result with a `grad_fn`), only a real run of the cons
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .boxes import whole_box
 from .build import Build
 from .check import check_uninitialized
 from .inplace import fill_module
-from .loading import Load, Loading, Read, opened, read_all
+from .loading import Load, Loading, Read, all_members, opened, read_all
 from .materialize import materialize, restored_on_failure
 from .meta import HookedError, forget, meta_module
 from .ranks import Ranks
@@ -65,16 +66,20 @@ def _run_and_loaded(
     progress: Progress | None,
 ) -> Any:
     """The constructor is run for real, draws and all, and the checkpoint's values take the place of its own."""
-    with restored_on_failure(), opened(load, build.graph, build) as loading, Workers(threads) as workers:
+    with restored_on_failure(), _opened(load, build) as loading, Workers(threads) as workers:
         assert loading is not None
         check_uninitialized(build.graph, uninitialized, set(loading.matched.missing))
-        loading.matched.log_missing()
+        loading.matched.log_missing(alone=True)
         kept = "empty" if uninitialized == "error" else uninitialized
         built = materialize(build, decisions, seed, kept, progress, threads, rng)
         read_all(_reads(built, loading), loading.checkpoint, workers)
         for root in roots_of(built).values():
             loading.finish(root)
     return built
+
+
+def _opened(load: Load, build: Build) -> AbstractContextManager[Loading | None]:
+    return opened(load, build.graph, all_members(build.graph), build)
 
 
 def _reads(built: Any, loading: Loading) -> Iterator[Read]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from ..tracer.errors import CheckpointError
 from ..tracer.graph import ParamGraph, TensorNode
 from .boxes import Box, whole_box
 from .checkpoint import Checkpoint, Rename, Source, open_checkpoint
-from .entries import Entry
+from .entries import Entry, Held, is_plain
 from .hub import Converted, can_load, converted, finish_loading, is_transformers
 from .matching import Matched, matched
+from .meta import remembered
 from .pages import prefer_huge_pages
 from .workers import Workers
 
@@ -63,10 +64,13 @@ class Loading:
 
 
 @contextmanager
-def opened(load: Load | None, graph: ParamGraph, pristine: Callable[[], Any]) -> Iterator[Loading | None]:
+def opened(
+    load: Load | None, graph: ParamGraph, members: Mapping[str, torch.Tensor], pristine: Callable[[], Any]
+) -> Iterator[Loading | None]:
     """The checkpoint that the user names, for a module with `graph`; raises `CheckpointError` where it does not fit.
 
-    `pristine()` is such a module before anybody has changed it, for libraries that look at theirs to say what a file holds.
+    `members` are the tensors that the module has now, by their names in the graph. `pristine()` is such a module before anybody
+    has changed it, for libraries that look at theirs to say what a file holds.
     """
     if load is None:
         yield None
@@ -78,8 +82,9 @@ def opened(load: Load | None, graph: ParamGraph, pristine: Callable[[], Any]) ->
             unexpected = {key: checkpoint.entries[key] for key in converted.unexpected}
             checkpoint = replace(checkpoint, entries=dict(converted.entries) | unexpected)
         optional = () if converted is None else converted.optional
-        found = matched(graph, checkpoint, load.missing, load.unexpected, optional)
+        found = matched(graph, checkpoint, members, load.missing, load.unexpected, optional)
         check_ties(found)
+        check_outside(found, graph, members)
         yield Loading(checkpoint, found, load, converted)
 
 
@@ -89,6 +94,23 @@ def _converted(checkpoint: Checkpoint, pristine: Callable[[], Any]) -> Converted
         return None
     roots = list(roots_of(pristine()).values())
     return converted(roots[0], checkpoint.entries) if len(roots) == 1 and can_load(roots[0], checkpoint.folder) else None
+
+
+def all_members(graph: ParamGraph) -> dict[str, torch.Tensor]:
+    """Members that say no more than that every tensor of the graph is there."""
+    nothing = torch.empty(0, device="meta")
+    return dict.fromkeys(graph.by_name, nothing)
+
+
+def members_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a meta module, or of a part of one, by their names in the plan."""
+    known = [(memory.name, each) for each in module.modules() if (memory := remembered(each)) is not None]
+    return {
+        f"{name}.{key}" if name else key: tensor
+        for name, each in known
+        for key, tensor in (*each._parameters.items(), *each._buffers.items())
+        if tensor is not None
+    }
 
 
 class Read(NamedTuple):
@@ -148,6 +170,19 @@ def check_ties(matched: Matched) -> None:
             )
 
 
+def check_outside(matched: Matched, graph: ParamGraph, members: Mapping[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError` for other values of a tensor that the constructor was given, which is not ours to write to."""
+    for name, entry in matched.entries.items():
+        tensor, storage = members.get(name), graph.storages[graph.by_name[name].view.storage]
+        if storage.constant is None or tensor is None or tensor.is_meta or not is_plain(tensor):
+            continue
+        if _differ(entry, Held(name, tensor.detach())):
+            raise CheckpointError(
+                f"{entry.name} has another value in {matched.where} than in the module, where it was passed to the constructor "
+                f"and stays as it is: load it before, or leave it out, rename={{r'^{re.escape(name)}$': None}}"
+            )
+
+
 def _differ(first: Entry, other: Entry, rows: int = 2**22) -> bool:
     if first.shape != other.shape:
         return True
@@ -155,6 +190,15 @@ def _differ(first: Entry, other: Entry, rows: int = 2**22) -> bool:
         one, two = (torch.empty(read.out.shape, dtype=each.dtype) for each in (first, other))
         first.read(read.box, one)
         other.read(read.box, two)
-        if not torch.equal(one.to(two.dtype), two):
+        if not _equal(one, two):
             return True
     return False
+
+
+def _equal(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether they hold the same, with a NaN equal to a NaN."""
+    if one.dtype == two.dtype and torch.equal(one.view(-1).view(torch.uint8), two.view(-1).view(torch.uint8)):
+        return True
+    kind = torch.promote_types(one.dtype, two.dtype) if one.dtype != two.dtype else one.dtype
+    one, two = (each.to(torch.float32 if kind.itemsize == 1 and kind.is_floating_point else kind) for each in (one, two))
+    return bool(((one == two) | ((one != one) & (two != two))).all())

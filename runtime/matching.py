@@ -26,40 +26,49 @@ _log = logging.getLogger("groundplan")
 class Matched:
     """What a checkpoint holds of a graph's tensors, by each tensor's first name.
 
-    `entries` has the names that are found, `missing` those that are not, `ignored` the checkpoint's names that the graph does
-    not have. `ties` are the other entries of tied tensors, which have to hold the same.
+    `entries` has the names that are found, `missing` those that are not, `missing_here` those of them that are in the module too,
+    `ignored` the checkpoint's names that the graph does not have. `ties` are the other entries of tied tensors, which have to
+    hold the same.
     """
 
     where: str
     entries: Mapping[str, Entry]
     ties: Sequence[tuple[str, Entry, Entry]]
     missing: tuple[str, ...]
+    missing_here: tuple[str, ...]
     ignored: tuple[str, ...]
 
     def of(self, node: TensorNode) -> Entry | None:
         """The entry that a tensor comes from."""
         return self.entries.get(node.name)
 
-    def log_missing(self) -> None:
-        """Tell the user what the checkpoint does not have, through the logger `groundplan`, on the first rank."""
-        if self.missing and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-            shown, more = ", ".join(self.missing[:_SHOWN]), len(self.missing) - _SHOWN
+    def log_missing(self, alone: bool) -> None:
+        """Tell the user what the checkpoint does not have, through the logger `groundplan`; unless `alone`, for all ranks."""
+        missing = self.missing_here if alone else self.missing
+        if missing and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            shown, more = ", ".join(missing[:_SHOWN]), len(missing) - _SHOWN
             _log.warning(
                 "%s has no value for %d tensor%s, initialized as the constructor does: %s%s",
                 self.where,
-                len(self.missing),
-                "s" * (len(self.missing) != 1),
+                len(missing),
+                "s" * (len(missing) != 1),
                 shown,
                 f", … and {more} more" if more > 0 else "",
             )
 
 
 def matched(
-    graph: ParamGraph, checkpoint: Checkpoint, missing: str = "init", unexpected: str = "error", optional: Sequence[str] = ()
+    graph: ParamGraph,
+    checkpoint: Checkpoint,
+    members: Mapping[str, torch.Tensor],
+    missing: str = "init",
+    unexpected: str = "error",
+    optional: Sequence[str] = (),
 ) -> Matched:
     """Find the entry of every parameter and persistent buffer; raises one `CheckpointError` that lists all that does not fit.
 
-    The `optional` names may be missing without a word.
+    `members` are the tensors that the module has, which may be a part of what the graph has. The `optional` names may be missing
+    without a word.
     """
     _check_options(missing, unexpected)
     expected = {name: node for node in graph.tensors for name in _names(node) if _is_expected(node, graph)}
@@ -73,20 +82,21 @@ def matched(
         problem = _problem(name, node, entry)
         if problem:
             problems.append(problem)
-        elif node.name in found and found[node.name].position != entry.position:
+        elif node.name in found and found[node.name].elements != entry.elements:
             ties.append((name, found[node.name], entry))
         else:
             found.setdefault(node.name, entry)
     ignored = tuple(name for name in checkpoint.entries if name not in expected)
     lost = tuple(node.name for node in graph.tensors if _is_expected(node, graph) and not _has(checkpoint, node))
+    lost_here = tuple(name for name in lost if name in members)
     if unexpected == "error":
         problems += [_unexpected(name, checkpoint.entries[name], graph, expected, lost) for name in ignored]
     lost = tuple(name for name in lost if name not in optional)
     if missing == "error":
-        problems += [f"{name} is missing{nearest(name, ignored)}" for name in lost]
+        problems += [f"{name} is missing{nearest(name, ignored)}" for name in lost_here]
     if problems:
         raise CheckpointError(_message(checkpoint, problems, ignored if unexpected == "error" else (), expected))
-    return Matched(checkpoint.where, found, ties, lost, ignored)
+    return Matched(checkpoint.where, found, ties, lost, lost_here, ignored)
 
 
 def _check_options(missing: str, unexpected: str) -> None:
@@ -135,6 +145,8 @@ def _unexpected(name: str, entry: Entry, graph: ParamGraph, expected: Mapping[st
         if node.type.startswith("Uninitialized"):
             return f"{name} belongs to a lazy module, whose shapes the first call decides; load it after that"
         kind = "a buffer that is not persistent" if node.kind == "buffer" else f"an {node.kind}"
+        if graph.storages[node.view.storage].device == "meta":
+            return f"{name} is on the meta device in the module, as the constructor asks for"
         return f"{name} is {kind} in the module: a state dict has no such key"
     return f"{name} {list(entry.shape)} is not in the module{nearest(name, lost or expected)}"
 

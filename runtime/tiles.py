@@ -129,6 +129,11 @@ class TiledEntry:
         """That of the first source."""
         return self.tiles[0].source.position if self.tiles else ("", 0)
 
+    @property
+    def elements(self) -> Any:
+        """Those of the sources, and where they go."""
+        return self.shape, self.dtype, [(tile.source.elements, tile.first, tile.sides) for tile in self.tiles]
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """Fill `out` with this box of the tensor."""
         for tile in self.tiles:

@@ -74,6 +74,10 @@ class Stored:
     divisible = True
     position = ("", 0)
 
+    @property
+    def elements(self) -> Any:
+        return id(self)
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         assert tuple(map(len, box)) == tuple(out.shape)
         self.reads.append(out.numel())
@@ -318,6 +322,10 @@ class Held:
 
     divisible = True
     position = ("", 0)
+
+    @property
+    def elements(self) -> Any:
+        return id(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
