@@ -37,7 +37,7 @@ def return_freed_memory() -> None:
 
     It keeps what lies between blocks that are still in use: a gigabyte, where large tensors go and small ones stay by turns.
     """
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    libc: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(ctypes.c_size_t(0))
 
