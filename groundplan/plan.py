@@ -309,7 +309,8 @@ class Plan:
         constructor runs again, for real. `seed=None` draws from, and advances, the global generator. `rng="keyed"` gives other
         values, which depend on the seed and each tensor's name alone. `threads` draw the random numbers, one for each usable core
         if that is None; the values do not depend on how many. `progress` shows a bar in a
-        terminal, or is called with (bytes done, bytes in all), unless the plan shards, places or quantizes. Where the constructor leaves tensors without values,
+        terminal, or is called with (bytes done, bytes in all), unless the plan shards, places or quantizes. Where the
+        constructor leaves tensors without values,
         `UninitializedError` is raised, unless `uninitialized` says `"zero"` or `"empty"`. On any failure nothing half-built
         stays behind, and the generators stand where they stood.
 
