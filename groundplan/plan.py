@@ -233,9 +233,9 @@ class Plan:
         Several calls quantize layers of their own each; `cast` and `to` come before. Raises `DecisionError` for a pattern that
         matches nothing, a config that cannot be saved, beside `shard` and `place`, and where torchao or bitsandbytes is missing.
 
-        >>> from torchao.quantization import Int8WeightOnlyConfig  # doctest: +SKIP
-        >>> plan = trace(torch.nn.Linear, 3, 4).quantize(Int8WeightOnlyConfig())  # doctest: +SKIP
-        >>> plan.materialize(seed=0).weight.dequantize().shape  # doctest: +SKIP
+        >>> from torchao.quantization import Int8WeightOnlyConfig
+        >>> plan = trace(torch.nn.Linear, 3, 4).quantize(Int8WeightOnlyConfig())
+        >>> plan.materialize(seed=0).weight.dequantize().shape
         torch.Size([4, 3])
         """
         from .runtime.quantize import quantizing
@@ -322,7 +322,8 @@ class Plan:
         constructor runs again, for real. `seed=None` draws from, and advances, the global generator. `rng="keyed"` gives other
         values, which depend on the seed and each tensor's name alone. `threads` draw the random numbers, one for each usable core
         if that is None; the values do not depend on how many. `progress` shows a bar in a
-        terminal, or is called with (bytes done, bytes in all). Where the constructor leaves tensors without values,
+        terminal, or is called with (bytes done, bytes in all), unless the plan shards, places or quantizes. Where the
+        constructor leaves tensors without values,
         `UninitializedError` is raised, unless `uninitialized` says `"zero"` or `"empty"`. On any failure nothing half-built
         stays behind, and the generators stand where they stood.
 
