@@ -9,6 +9,7 @@ import pytest
 from . import checkpoint_ranks as ranks
 from .checkpoint_files import assert_same_values, eager
 from .checkpoint_ranks import Found
+from .layouts import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_device_alone_loads_what_two_have_saved(folder: Path, of_two: list[Fou
         assert len(paths) == 2
         for path in paths:
             found = ranks.plan_of(name).materialize(seed=ranks.SEED, checkpoint=path, missing="error")
-            assert_same_values(eager(ranks.MODELS[name].build, tensors, ranks.SEED), found)
+            assert_same_values(eager(MODELS[name].build, tensors, ranks.SEED), found)
 
 
 @pytest.mark.parametrize("world", [3, 4])
