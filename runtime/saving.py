@@ -10,13 +10,14 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import _TYPES
 from torch import nn
 
@@ -84,13 +85,29 @@ def save_checkpoint(
     else:
         layout, folder = _shards(tensors, _bytes(max_shard_size)), path
     names = {file.name for file in layout} | {_INDEX}
-    with new_files(folder, lambda each: _is_ours(each, path, names), _WAY_OUT, _INDEX, CheckpointError) as temporary:
+    together = held is not None and _are_divided(held)
+    with _new_files(folder, lambda each: _is_ours(each, path, names), _INDEX, together) as temporary:
         with ExitStack() as open_files:
-            writers = {name: writer for file in layout for name, writer in _opened(temporary, file, open_files).items()}
-            _write(build, decisions, source, held, writers, options)
-        if len(layout) > 1:
+            mine = layout if not together or dist.get_rank() == 0 else ()
+            if held is not None:
+                _gathered(held, lambda: _all_opened(temporary, mine, open_files))
+            elif not isinstance(source, nn.Module):
+                _write(build, decisions, source, _all_opened(temporary, mine, open_files), options)
+        if len(mine) > 1:
             (temporary / _INDEX).write_text(json.dumps(_index(layout), indent=2) + "\n")
         sync(temporary)
+
+
+def _new_files(folder: Path, refuse: Callable[[Path], bool], last: str, together: bool) -> AbstractContextManager[Path]:
+    if together:
+        return _new_files_of_all(folder, refuse, last)
+    return new_files(folder, refuse, _WAY_OUT, last, CheckpointError)
+
+
+def _are_divided(held: Mapping[str, torch.Tensor]) -> bool:
+    """Whether several ranks hold parts of the tensors, and write them together."""
+    there = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return there and any(hasattr(tensor, "full_tensor") for tensor in held.values())
 
 
 _INDEX = "model.safetensors.index.json"
@@ -229,6 +246,10 @@ class _Writer:
             done += os.pwrite(self.descriptor, memory[done : done + 2**30], self.place + done)
 
 
+def _all_opened(folder: Path, files: Iterable[_File], until: ExitStack) -> dict[str, _Writer]:
+    return {name: writer for file in files for name, writer in _opened(folder, file, until).items()}
+
+
 def _opened(folder: Path, file: _File, until: ExitStack) -> dict[str, _Writer]:
     """Make a file with its header, all of its room taken: a full disk shows at once."""
     head, places = file.header()
@@ -247,15 +268,10 @@ def _opened(folder: Path, file: _File, until: ExitStack) -> dict[str, _Writer]:
 def _write(
     build: Build,
     decisions: Decisions,
-    source: Any,
-    held: Mapping[str, torch.Tensor] | None,
+    source: int | None,
     writers: Mapping[str, _Writer],
     options: Mapping[str, Any],
 ) -> None:
-    if held is not None:
-        for name, tensor in held.items():
-            writers[name].write(_full(tensor))
-        return
     root = nn.Module()
     with generators_kept():
         root._modules.update(roots_of(meta_module(build, decisions)))
@@ -315,21 +331,16 @@ class _State:
 
 def _save_dcp(state: _State, path: Path) -> None:
     """By torch's own writer; a module that ranks divide is written by all of them, and each makes this call."""
-    import torch.distributed as dist
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    together = state.value is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if together:
-        _save_together(state.tensors, path)
-        return
-    with new_files(path, _is_checkpoint, _WAY_OUT, ".metadata", CheckpointError) as temporary, warnings.catch_warnings():
+    together = state.value is None and _are_divided(state.tensors)
+    with _new_files(path, _is_checkpoint, ".metadata", together) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
         planner = None if state.value is None else _lazy_planner(state.value)
         # torch's writer holds all that it puts in one file until that is finished, so every tensor gets one
         writer = FileSystemWriter(temporary, single_file_per_rank=planner is None)
-        save(dict(state.tensors), storage_writer=writer, planner=planner, no_dist=True)
+        save(dict(state.tensors), storage_writer=writer, planner=planner, no_dist=not together)
 
 
 def _lazy_planner(value: Callable[[str], torch.Tensor]) -> Any:
@@ -344,25 +355,62 @@ def _lazy_planner(value: Callable[[str], torch.Tensor]) -> Any:
     return Lazy()
 
 
-def _save_together(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """The first rank makes the folder and moves the files; what it raises, all raise."""
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
+@contextmanager
+def _new_files_of_all(folder: Path, refuse: Callable[[Path], bool], last: str) -> Iterator[Path]:
+    """As `new_files`, for ranks that write together: the first one makes the folder and moves the files; all raise, or none."""
+    first, held = dist.get_rank() == 0, ExitStack()
+    made = _same_on_all(
+        lambda: str(held.enter_context(new_files(folder, refuse, _WAY_OUT, last, CheckpointError))) if first else ""
+    )
+    failures: list[Any] = [None] * dist.get_world_size()
+    error: BaseException | None = None
+    try:
+        yield Path(made)
+    except Exception as raised:  # the others have to hear of it, whatever it is
+        error = raised
+    dist.all_gather_object(failures, error and f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    failure = next((each for each in failures if each is not None), None)
+    if failure is not None:
+        held.__exit__(*((CheckpointError, CheckpointError(failure), None)))  # what is there is removed
+        raise CheckpointError(f"nothing was written to {folder}; {failure}") from error
+    _same_on_all(lambda: _closed(held))
 
-    first = dist.get_rank() == 0
+
+def _closed(held: ExitStack) -> str:
+    held.close()
+    return ""
+
+
+def _same_on_all(action: Callable[[], str]) -> str:
+    """What the first rank's `action` gives; what it raises, all raise."""
     told: list[Any] = [None, None]
-    with ExitStack() as until:
-        if first:
-            try:
-                told[0] = str(until.enter_context(new_files(path, _is_checkpoint, _WAY_OUT, ".metadata", CheckpointError)))
-            except CheckpointError as error:
-                told[1] = str(error)
-        dist.broadcast_object_list(told, src=0)
-        if told[1] is not None:
-            raise CheckpointError(told[1])
-        save(dict(tensors), storage_writer=FileSystemWriter(told[0]))
-    dist.barrier()
+    try:
+        told[0] = action()
+    except CheckpointError as error:
+        told[1] = str(error)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise CheckpointError(told[1])
+    return str(told[0])
+
+
+def _gathered(held: Mapping[str, torch.Tensor], opened: Callable[[], Mapping[str, _Writer]]) -> None:
+    """Every rank gives its part of every tensor, to the end; the first one writes them."""
+    error: OSError | None = None
+    writers: Mapping[str, _Writer] = {}
+    try:
+        writers = opened()
+    except OSError as raised:
+        error = raised
+    for name, tensor in held.items():
+        value = _full(tensor)
+        try:
+            if name in writers and error is None:
+                writers[name].write(value)
+        except OSError as raised:  # the others wait for this rank's parts of the rest
+            error = raised
+    if error is not None:
+        raise error
 
 
 def _is_checkpoint(each: Path) -> bool:
