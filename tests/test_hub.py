@@ -468,6 +468,25 @@ def test_the_generation_config(tmp_path: Path) -> None:
     assert found.to_dict() == expected.to_dict()
 
 
+@pytest.mark.parametrize("text", ["llama", "qwen3_moe", "gpt2", "t5", "bart:ForConditionalGeneration", "mamba"])
+def test_it_generates_the_same(text: str, tmp_path: Path) -> None:
+    model = chosen(text)
+    directory = model.saved(tmp_path)
+    path = directory / "generation_config.json"
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text())
+            | {"max_new_tokens": 6, "do_sample": True, "temperature": 0.5}
+            | {"decoder_start_token_id": 1}
+        )
+    )
+    tokens = []
+    for each in (gp.trace(model.build).materialize(checkpoint=directory).eval(), model.reference(directory)[0].eval()):
+        torch.manual_seed(1)
+        tokens.append(each.generate(torch.arange(2, 7).view(1, 5)))
+    assert torch.equal(*tokens)
+
+
 def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
     model = small("vit")
     assert not hasattr(finished(model, model.saved(tmp_path)), "generation_config")
