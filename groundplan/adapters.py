@@ -10,6 +10,7 @@ import torch
 
 from .plan import load_of
 from .runtime.checkpoint import Rename, Source
+from .runtime.options import Options
 
 
 def param_init_fn(
@@ -52,9 +53,8 @@ def param_init_fn(
     """
     from .runtime.fsdp1 import ParamInitFn  # torch.distributed, which it imports, takes a second
 
-    load = load_of(checkpoint, missing, unexpected, rename)
-    options = {"rng": rng, "uninitialized": uninitialized, "device": device, "threads": threads, "load": load}
-    return ParamInitFn(seed, group, timeout, **options)
+    options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
+    return ParamInitFn(options, device, group, timeout)
 
 
 def deepspeed_zero3(
@@ -90,6 +90,5 @@ def deepspeed_zero3(
     """
     from .runtime.zero3 import fill_zero3  # torch.distributed, which it imports, takes a second
 
-    load = load_of(checkpoint, missing, unexpected, rename)
-    options = {"rng": rng, "uninitialized": uninitialized, "device": device, "threads": threads, "load": load}
-    return fill_zero3(module, config, seed, group, timeout, **options)
+    options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
+    return fill_zero3(module, config, options, device, group, timeout)

@@ -26,8 +26,8 @@ from .report import Report
 from .runtime import Build, materialize_state, meta_module
 from .runtime import materialize as materialize_plan
 from .runtime.checkpoint import Rename, Source
-from .runtime.loading import Load
 from .runtime.materialize import Progress as ProgressCallback
+from .runtime.options import Load, Options
 from .tracer.errors import DecisionError, MaterializeError, PlanFileError
 from .tracer.graph import ParamGraph
 
@@ -91,8 +91,8 @@ def materialize(
     """
     from .runtime.inplace import materialize_module  # torch.distributed, which it imports, takes a second
 
-    load = load_of(checkpoint, missing, unexpected, rename)
-    return materialize_module(module, seed, rng, uninitialized, device, threads, group, timeout, load)
+    options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
+    return materialize_module(module, options, device, group, timeout)
 
 
 @dataclass(frozen=True)
@@ -344,26 +344,26 @@ class Plan:
         >>> torch.equal(model.weight, torch.nn.Linear(3, 4).weight)
         True
         """
-        load = load_of(checkpoint, missing, unexpected, rename)
+        options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
         if self.decisions.sharding is not None:
             from .runtime.inplace import materialize_sharded
 
-            return materialize_sharded(self._bound, self.decisions, seed, rng, uninitialized, threads, mesh, timeout, load)
+            return materialize_sharded(self._bound, self.decisions, options, mesh, timeout)
         if mesh is not None:
             raise MaterializeError("mesh= is given, and the plan does not shard; say plan.shard({axis: size, ...}) first")
         if self.decisions.placing is not None:
             from .runtime.dispatch import materialize_placed
 
-            return materialize_placed(self._bound, self.decisions, seed, rng, uninitialized, threads, offload_dir, load)
+            return materialize_placed(self._bound, self.decisions, options, offload_dir)
         if self.decisions.quantizing:
             from .runtime.quantize import materialize_quantized
 
-            return materialize_quantized(self._bound, self.decisions, seed, rng, uninitialized, threads, load)
+            return materialize_quantized(self._bound, self.decisions, options)
         with _shown(progress, self.memory().phases["construct"]) as callback:
-            if load is not None:
+            if options.load is not None:
                 from .runtime.loaded import materialize_loaded
 
-                return materialize_loaded(self._bound, self.decisions, load, seed, rng, uninitialized, threads, callback)
+                return materialize_loaded(self._bound, self.decisions, options, callback)
             return materialize_plan(self._bound, self.decisions, seed, uninitialized, callback, threads, rng)
 
     def materialize_state(
@@ -423,7 +423,8 @@ class Plan:
         """
         from .runtime.saving import save_checkpoint
 
-        save_checkpoint(self._bound, self.decisions, source, path, max_shard_size, format, rng, uninitialized, threads)
+        options = Options(None, rng, uninitialized, threads)
+        save_checkpoint(self._bound, self.decisions, source, path, max_shard_size, format, options)
 
     @property
     def _bound(self) -> Build:

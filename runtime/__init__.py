@@ -12,6 +12,7 @@
 A module that is divided between ranks is filled in place. `inplace` is that verb; it imports torch.distributed, which takes a
 second, so it is imported when it is called:
 
+* `options`: what the user says about values; `job`: what one call fills, from where and to where;
 * `meta`: a module of meta tensors that remembers its plan; `parallel`: the plan's sharding, by torch's engines;
 * `targets`, `regions`: what is to be filled, and which part of it is here; `placing`: how it gets there;
 * `ranks`, `agreement`, `shared`: what the ranks tell each other;

@@ -25,10 +25,11 @@ from ..planner.placing import DISK, Placing, device_map
 from ..tracer.errors import MaterializeError
 from .build import Build
 from .check import check_device
-from .inplace import Whereto, fill_module
-from .loading import Load
+from .inplace import fill_module
+from .job import Whereto
 from .materialize import restored_on_failure
 from .meta import meta_module
+from .options import Options
 from .ranks import Ranks
 from .targets import Target
 
@@ -38,12 +39,8 @@ _WAY_OUT = "name a folder that does not exist yet, or is empty: offload_dir=PATH
 def materialize_placed(
     build: Build,
     decisions: Decisions,
-    seed: int | None = None,
-    rng: str = "eager",
-    uninitialized: str = "error",
-    threads: int | None = None,
+    options: Options,
     offload_dir: str | os.PathLike[str] | None = None,
-    load: Load | None = None,
 ) -> nn.Module:
     """The module, with every tensor where the plan places it, ready to be called on the first device.
 
@@ -60,7 +57,7 @@ def materialize_placed(
     with restored_on_failure(), _Folder(offload_dir, DISK in entries.values()) as folder:
         places = _Places(placing, folder)
         module: nn.Module = meta_module(build, decisions)
-        fill_module(module, Ranks(), seed, rng, uninitialized, places, threads, load)
+        fill_module(module, Ranks(), options, places)
         folder.finish()
         where = None if folder.path is None else str(folder.path)
         accelerate.dispatch_model(module, device_map=entries, main_device=placing.main, offload_dir=where)

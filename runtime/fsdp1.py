@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .meta import remembered
 from .modules import ModuleFiller
+from .options import Options
 from .ranks import together
 
 
 class ParamInitFn:
     """Fills a module of a meta module when FSDP1 calls it; the first call for a meta module compares the ranks."""
 
-    def __init__(self, seed: int | None, group: Any, timeout: float | None, **options: Any) -> None:
-        self._filler = ModuleFiller(seed, **options)
+    def __init__(self, options: Options, device: str | torch.device | None, group: Any, timeout: float | None) -> None:
+        self._filler = ModuleFiller(options, device)
         self._group = group
         self._timeout = timeout
         self._agreed: set[int] = set()

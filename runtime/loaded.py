@@ -6,7 +6,7 @@ tensors (gradient hooks, a result with a `grad_fn`), only a real run of the cons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,23 +21,19 @@ from .boxes import whole_box
 from .build import Build
 from .check import check_uninitialized
 from .inplace import fill_module
-from .loading import Load, Loading, Read, all_members, opened, read_all
+from .job import Progress
+from .loading import Loading, Read, all_members, opened, read_all
 from .materialize import materialize, restored_on_failure
 from .meta import HookedError, forget, meta_module
+from .options import Load, Options
 from .ranks import Ranks
 from .workers import Workers
-
-Progress = Callable[[int, int], None]
 
 
 def materialize_loaded(
     build: Build,
     decisions: Decisions,
-    load: Load,
-    seed: int | None = None,
-    rng: str = "eager",
-    uninitialized: str = "error",
-    threads: int | None = None,
+    options: Options,
     progress: Progress | None = None,
 ) -> Any:
     """What the constructor returns, filled; raises `CheckpointError`, and nothing has happened then."""
@@ -47,10 +43,10 @@ def materialize_loaded(
     except HookedError:
         built = None
     if built is None:
-        return _run_and_loaded(build, decisions, load, seed, rng, uninitialized, threads, progress)
+        return _run_and_loaded(build, decisions, options, progress)
     root = nn.Module()
     root._modules.update(roots_of(built))
-    fill_module(root, Ranks(), seed, rng, uninitialized, None, threads, load, progress)
+    fill_module(root, Ranks(), options, None, progress)
     forget(root)
     return built
 
@@ -58,27 +54,23 @@ def materialize_loaded(
 def _run_and_loaded(
     build: Build,
     decisions: Decisions,
-    load: Load,
-    seed: int | None,
-    rng: str,
-    uninitialized: str,
-    threads: int | None,
+    options: Options,
     progress: Progress | None,
 ) -> Any:
     """The constructor is run for real, draws and all, and the checkpoint's values take the place of its own."""
-    with restored_on_failure(), _opened(load, build) as loading, Workers(threads) as workers:
+    with restored_on_failure(), _opened(options.load, build) as loading, Workers(options.threads) as workers:
         assert loading is not None
-        check_uninitialized(build.graph, uninitialized, set(loading.matched.missing))
+        check_uninitialized(build.graph, options.uninitialized, set(loading.matched.missing))
         loading.matched.log_missing(alone=True)
-        kept = "empty" if uninitialized == "error" else uninitialized
-        built = materialize(build, decisions, seed, kept, progress, threads, rng)
+        kept = "empty" if options.uninitialized == "error" else options.uninitialized
+        built = materialize(build, decisions, options.seed, kept, progress, options.threads, options.rng)
         read_all(_reads(built, loading), loading.checkpoint, workers)
         for root in roots_of(built).values():
             loading.finish(root)
     return built
 
 
-def _opened(load: Load, build: Build) -> AbstractContextManager[Loading | None]:
+def _opened(load: Load | None, build: Build) -> AbstractContextManager[Loading | None]:
     return opened(load, build.graph, all_members(build.graph), build)
 
 

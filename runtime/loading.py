@@ -16,25 +16,16 @@ from ..tracer.collect import roots_of
 from ..tracer.errors import CheckpointError
 from ..tracer.graph import ParamGraph, TensorNode
 from .boxes import Box, whole_box
-from .checkpoint import Checkpoint, Rename, Source, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .entries import Entry, Held, is_plain
 from .hub import Converted, can_load, converted, finish_loading, is_transformers
 from .matching import Matched, matched
 from .meta import remembered
+from .options import Load
 from .pages import prefer_huge_pages
 from .workers import Workers
 
 _CONVERTED = 2**20  # bytes that a thread reads at a time where they are converted: they stay in the cache in between
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the user says about a checkpoint: where it is, and what to do about names that it or the module does not have."""
-
-    source: Source
-    missing: str = "init"
-    unexpected: str = "error"
-    rename: Rename | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .agreement import agreement
 from .inplace import Own, materialize_module
 from .keyed import drawn_seed
 from .meta import Blueprint, remembered
+from .options import Options
 from .regions import local_of
 from .targets import find_targets
 
@@ -23,14 +25,13 @@ class ModuleFiller:
     """Gives the tensors that a module holds itself, not those of its submodules, their values; the order makes no difference.
 
     All are drawn from one state of the generators: that of `seed`, or without one that of now. The generators are left alone,
-    except that `rng="keyed"` without a seed draws one number. `options` are those of `materialize_module`.
+    except that `rng="keyed"` without a seed draws one number.
     """
 
-    def __init__(self, seed: int | None, **options: Any) -> None:
-        if seed is None and options.get("rng") == "keyed":
-            seed = drawn_seed()
-        self.seed = seed
-        self._options = options
+    def __init__(self, options: Options, device: str | torch.device | None) -> None:
+        draws = options.seed is None and options.rng == "keyed"
+        self.options = replace(options, seed=drawn_seed()) if draws else options
+        self._device = device
         self._states = generator_states()
         self._known: dict[int, Own] = {}
         self._made = WeakTensorKeyDictionary()
@@ -49,17 +50,17 @@ class ModuleFiller:
         with generators_kept():
             restore_generators(self._states)
             if find_targets(module, own=True)[1]:
-                materialize_module(module, self.seed, group=None, own=own, **self._options)
+                materialize_module(module, self.options, self._device, group=None, own=own)
         for members, key, tensor in before:
             if tensor.is_meta:  # torch would not let it become another object's content: where else it is held, it is still meta
                 self._made[tensor] = weakref.ref(members[key])
 
     def says(self, blueprint: Blueprint) -> dict[str, str]:
         """What the ranks that fill the same module have to agree on."""
-        options = {name: str(self._options[name]) for name in ("rng", "uninitialized", "load") if name in self._options}
+        said = {name: str(getattr(self.options, name)) for name in ("rng", "uninitialized", "load")}
         with generators_kept():
             restore_generators(self._states)
-            return agreement(blueprint.build, blueprint.decisions, self.seed) | options
+            return agreement(blueprint.build, blueprint.decisions, self.options.seed) | said
 
     def _tie(self, module: nn.Module) -> None:
         """Put what another module was given in the places of the same meta tensor here."""

@@ -31,10 +31,11 @@ from ..planner.records import dtype_name
 from ..tracer.ambient import ambient_applied, ambient_now
 from ..tracer.errors import DecisionError, MaterializeError
 from .build import Build
-from .inplace import Whereto, fill_module
-from .loading import Load
+from .inplace import fill_module
+from .job import Whereto
 from .materialize import restored_on_failure
 from .meta import meta_module, remembered
+from .options import Options
 from .pages import return_freed_memory
 from .placing import place, wrapped
 from .quantizers import Quantizer, quantizer
@@ -214,17 +215,13 @@ def _failed(layer: _Layer, found: Quantizing, error: Exception) -> str:
 def materialize_quantized(
     build: Build,
     decisions: Decisions,
-    seed: int | None = None,
-    rng: str = "eager",
-    uninitialized: str = "error",
-    threads: int | None = None,
-    load: Load | None = None,
+    options: Options,
 ) -> nn.Module:
     """The module, quantized layer by layer while it is built; on failure nothing is left, and generators are as they were."""
     check_decisions(decisions, build.graph)
     with restored_on_failure():
         module: nn.Module = meta_module(build, decisions)
         layers = _Layers(module, decisions)
-        fill_module(module, Ranks(), seed, rng, uninitialized, layers, threads, load)
+        fill_module(module, Ranks(), options, layers)
         layers.finish()
     return module

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from ..tracer.graph import ParamGraph, TensorNode
 from ..tracer.streams import generators_kept
 from .build import Build
 from .files import bytes_of
-from .inplace import Whereto, fill_module
+from .inplace import fill_module
+from .job import Whereto
 from .keyed import drawn_seed
 from .meta import meta_module
 from .new_files import new_files, sync
+from .options import Options
 from .ranks import Ranks
 from .state import materialize_state
 from .steps import traced_with_casts
@@ -60,11 +62,9 @@ def save_checkpoint(
     decisions: Decisions,
     source: int | nn.Module | None,
     path: str | os.PathLike[str],
-    max_shard_size: int | str = "5GB",
-    format: str = "safetensors",
-    rng: str = "eager",
-    uninitialized: str = "error",
-    threads: int | None = None,
+    max_shard_size: int | str,
+    format: str,
+    options: Options,
 ) -> None:
     """Write what a seed gives, or what a module holds; raises `CheckpointError`, and leaves nothing behind then."""
     check_decisions(decisions, build.graph)
@@ -73,7 +73,6 @@ def save_checkpoint(
     if isinstance(source, bool) or not isinstance(source, int | nn.Module | None):
         raise CheckpointError(f"a checkpoint is written of a seed, of None or of a module, not of {source!r}")
     path = Path(path)
-    options = {"uninitialized": uninitialized, "rng": rng, "threads": threads}
     if format == "dcp":
         _save_dcp(_State.of(build, decisions, source, options), path)
         return
@@ -92,7 +91,7 @@ def save_checkpoint(
             if held is not None:
                 _gathered(held, lambda: _all_opened(temporary, mine, open_files))
             elif not isinstance(source, nn.Module):
-                _write(build, decisions, source, _all_opened(temporary, mine, open_files), options)
+                _write(build, decisions, _all_opened(temporary, mine, open_files), replace(options, seed=source))
         if len(mine) > 1:
             (temporary / _INDEX).write_text(json.dumps(_index(layout), indent=2) + "\n")
         sync(temporary)
@@ -268,15 +267,14 @@ def _opened(folder: Path, file: _File, until: ExitStack) -> dict[str, _Writer]:
 def _write(
     build: Build,
     decisions: Decisions,
-    source: int | None,
     writers: Mapping[str, _Writer],
-    options: Mapping[str, Any],
+    options: Options,
 ) -> None:
     root = nn.Module()
     with generators_kept():
         root._modules.update(roots_of(meta_module(build, decisions)))
         hand = _Hand(writers)
-        fill_module(root, Ranks(), source, options["rng"], options["uninitialized"], hand, options["threads"])
+        fill_module(root, Ranks(), options, hand)
     left = next((name for name in writers if name not in hand.written), None)
     if left is not None:
         raise MaterializeError(f"{left} was not written; this is a bug in groundplan, please report it")
@@ -315,16 +313,18 @@ class _State:
     value: Callable[[str], torch.Tensor] | None
 
     @classmethod
-    def of(cls, build: Build, decisions: Decisions, source: Any, options: dict[str, Any]) -> _State:
+    def of(cls, build: Build, decisions: Decisions, source: Any, options: Options) -> _State:
         if isinstance(source, nn.Module):
             return cls(_members(source), None)
         graph = traced_with_casts(build, decisions)[0].graph if decisions.casts else build.graph
         nodes = state_nodes(graph)
-        if options["rng"] == "keyed" and source is None:
+        if options.rng == "keyed" and source is None:
             source = drawn_seed()
 
         def value(name: str) -> torch.Tensor:
-            return materialize_state(build, decisions, [name], source, **options)[name].detach()
+            return materialize_state(build, decisions, [name], source, options.uninitialized, options.threads, options.rng)[
+                name
+            ].detach()
 
         return cls({node.name: torch.empty(node.shape, dtype=node.dtype, device="meta") for node in nodes}, value)
 

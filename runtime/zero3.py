@@ -16,6 +16,7 @@ from torch import nn
 from ..tracer.errors import MaterializeError
 from .inplace import materialize_module
 from .modules import ModuleFiller
+from .options import Options
 from .ranks import together
 from .targets import find_targets
 
@@ -26,29 +27,29 @@ _SHOWN = 8
 def fill_zero3(
     module: nn.Module,
     config: Config,
-    seed: int | None = None,
+    options: Options,
+    device: str | torch.device | None = None,
     group: Any = "world",
     timeout: float | None = None,
-    **options: Any,
 ) -> nn.Module:
     """Fill `module` and divide its parameters as `config`, a configuration of ZeRO-3, says; returns the module.
 
-    `options` are those of `materialize_module`. Every rank makes the same call; where one raises, all do. Raises
-    `MaterializeError` where DeepSpeed is missing, or the parameters are not of the dtype that `config` says.
+    Every rank makes the same call; where one raises, all do. Raises `MaterializeError` where DeepSpeed is missing, or the
+    parameters are not of the dtype that `config` says.
     """
     divided = _divided_by(config)
-    options = {"device": divided.local_device} | {name: value for name, value in options.items() if value is not None}
+    device = divided.local_device if device is None else device
     with together(group, timeout) as ranks:
         blueprint, _ = find_targets(module)
         _check_dtypes(module, divided.dtype)
-        filler = ModuleFiller(seed, **options)
+        filler = ModuleFiller(options, device)
         ranks.agree(filler.says(blueprint) if ranks.count > 1 else {})
         for each in module.modules():
             ranks.check()
             filler.fill(each)
             divided.divide(each.parameters(recurse=False))
         ranks.finish()
-    materialize_module(module, filler.seed, group=None, **options)  # nothing is left: the generators go on to where eager's are
+    materialize_module(module, filler.options, device, group=None)  # nothing is left: the generators go on to where eager's are
     return module
 
 
