@@ -21,8 +21,11 @@ _STATE = "state_dict"
 
 
 def is_torch(head: bytes) -> bool:
-    """Whether a file that begins so is one of `torch.save`, of today's form or the one before torch 1.6."""
-    return head.startswith((_ZIP, _PICKLE))
+    """Whether a file that begins so is one of `torch.save`, of today's form or the one before torch 1.6.
+
+    A safetensors file may begin with a pickle's first byte too: with the length of its header, in eight bytes, before the header.
+    """
+    return head.startswith(_ZIP) or (head.startswith(_PICKLE) and head[4:9] != b"\0\0\0\0{")
 
 
 def entries(file: File) -> dict[str, Entry]:
