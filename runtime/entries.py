@@ -21,6 +21,7 @@ from .files import File, bytes_of
 
 _SHORTEST = 512  # bytes; shorter stretches are not read one by one, but cut out of the rows that they lie in
 _ROWS = 2**22  # bytes of such rows at a time
+_CONVERTED = 2**22  # bytes that are read, and then converted, at a time: they stay in the cache in between
 
 
 @runtime_checkable
@@ -102,9 +103,16 @@ class Stored:
         if _takes_bytes(out, self.dtype):
             self._read_dense(size, box, out)
         else:
-            scratch = torch.empty(out.shape, dtype=self.dtype)
-            self._read_dense(size, box, scratch)
-            out.copy_(scratch)
+            self._read_converted(size, box, out)
+
+    def _read_converted(self, size: tuple[int, ...], box: Box, out: torch.Tensor) -> None:
+        """The box into `out`, which has another dtype or device, or gaps, by way of a little memory that is used again."""
+        limit = min(out.numel(), _CONVERTED // self.dtype.itemsize)
+        scratch = torch.empty(limit, dtype=self.dtype)
+        for part, piece in cut(box, out, limit):
+            read = scratch[: piece.numel()].view(piece.shape)
+            self._read_dense(size, part, read)
+            piece.copy_(read)
 
     def _read_dense(self, size: tuple[int, ...], box: Box, out: torch.Tensor) -> None:
         """The box into `out`, without gaps on either side."""
@@ -250,6 +258,18 @@ class Strange:
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
         raise CheckpointError(f"{self.name} in {self.where} {self.why}")
+
+
+def cut(box: Box, out: torch.Tensor, limit: int) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The box and the memory for it in pieces of no more than `limit` elements."""
+    if out.numel() <= limit:
+        yield box, out
+        return
+    dim = next(dim for dim, part in enumerate(box) if len(part) > 1)
+    rows = max(1, limit // (out.numel() // len(box[dim])))
+    for start in range(0, len(box[dim]), rows):
+        part = box[dim][start : start + rows]
+        yield from cut((*box[:dim], part, *box[dim + 1 :]), out.narrow(dim, start, len(part)), limit)
 
 
 def read_whole(entry: Entry) -> torch.Tensor:

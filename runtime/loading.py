@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +14,12 @@ from ..tracer.errors import CheckpointError
 from ..tracer.graph import ParamGraph, TensorNode
 from .boxes import Box, whole_box
 from .checkpoint import Checkpoint, Rename, Source, open_checkpoint
-from .entries import Entry
+from .entries import Entry, cut
 from .matching import Matched, matched
-from .pages import prefer_huge_pages
+from .pages import HugePages
 from .workers import Workers
 
-_STRAIGHT = 2**24  # bytes that a thread reads at a time where they need no conversion
-_CONVERTED = 2**20  # and where they do: they stay in the cache in between
+_AT_ONCE = 2**24  # bytes that a thread reads at a time: parts of large tensors, several small ones
 
 
 @dataclass(frozen=True)
@@ -76,38 +75,38 @@ def read_all(
 ) -> None:
     """Do all of them; `done` is told the bytes of each. Raises `CheckpointError`."""
     reads = sorted(reads, key=lambda read: read.entry.position)
-    for read in reads:
-        if read.out.device.type == "cpu":
-            prefer_huge_pages(read.out.untyped_storage())
+    pages = HugePages()
 
-    def body(read: Read) -> None:
-        read.entry.read(read.box, read.out)
-        done(read.out.nbytes)
+    def body(batch: Sequence[Read]) -> None:
+        for read in batch:
+            with pages.under(read.out):
+                read.entry.read(read.box, read.out)
+        done(sum(read.out.nbytes for read in batch))
 
-    workers.each(body, [piece for read in reads for piece in _pieces(read)])
+    workers.each(body, _batches(piece for read in reads for piece in _pieces(read)))
     checkpoint.check_unchanged()
 
 
 def _pieces(read: Read) -> Iterator[Read]:
     """The same in pieces for several threads."""
-    if not read.entry.divisible or not read.out.numel():
+    if not read.entry.divisible or read.out.nbytes <= _AT_ONCE:
         yield read
         return
-    item = max(read.out.dtype.itemsize, read.entry.dtype.itemsize)
-    straight = read.out.dtype == read.entry.dtype and read.out.device.type == "cpu"
-    yield from _cut(read, max(1, (_STRAIGHT if straight else _CONVERTED) // item))
+    for box, out in cut(read.box, read.out, _AT_ONCE // read.out.dtype.itemsize):
+        yield Read(read.entry, box, out)
 
 
-def _cut(read: Read, limit: int) -> Iterator[Read]:
-    entry, box, out = read
-    if out.numel() <= limit:
-        yield read
-        return
-    dim = next(dim for dim, part in enumerate(box) if len(part) > 1)
-    rows = max(1, limit // (out.numel() // len(box[dim])))
-    for start in range(0, len(box[dim]), rows):
-        part = box[dim][start : start + rows]
-        yield from _cut(Read(entry, (*box[:dim], part, *box[dim + 1 :]), out.narrow(dim, start, len(part))), limit)
+def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
+    """Small ones together: handing each to a thread of its own would take longer than reading it."""
+    batch, nbytes = [], 0
+    for read in reads:
+        if batch and nbytes + read.out.nbytes > _AT_ONCE:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(read)
+        nbytes += read.out.nbytes
+    if batch:
+        yield batch
 
 
 def check_ties(matched: Matched) -> None:
@@ -123,10 +122,10 @@ def check_ties(matched: Matched) -> None:
 def _differ(first: Entry, other: Entry, rows: int = 2**22) -> bool:
     if first.shape != other.shape:
         return True
-    for read in _cut(Read(first, whole_box(first.shape), torch.empty(first.shape, device="meta")), rows):
-        one, two = (torch.empty(read.out.shape, dtype=each.dtype) for each in (first, other))
-        first.read(read.box, one)
-        other.read(read.box, two)
+    for box, like in cut(whole_box(first.shape), torch.empty(first.shape, device="meta"), rows):
+        one, two = (torch.empty(like.shape, dtype=each.dtype) for each in (first, other))
+        first.read(box, one)
+        other.read(box, two)
         if not torch.equal(one.to(two.dtype), two):
             return True
     return False

@@ -2,12 +2,19 @@
 
 Linux gives out 2 MB at a time where a program asks for that (`madvise`), unless an administrator has forbidden it. Only whole
 huge pages inside the tensor are asked for, so that it takes no more memory than before.
+
+Where the host of a virtual machine takes back what is free ("free page reporting"), it takes whole huge pages, and the first
+write to one of those waits for 512 pages of the host's. `HugePages` finds out as it goes which kind is cheaper.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +24,7 @@ import torch
 HUGE = 2**21
 _ADVICE = 14  # MADV_HUGEPAGE
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_AGAIN = 64  # pieces after which the dearer kind of page is tried once more
 
 
 def prefer_huge_pages(storage: torch.UntypedStorage) -> None:
@@ -24,10 +32,45 @@ def prefer_huge_pages(storage: torch.UntypedStorage) -> None:
     nbytes = storage.nbytes()
     if nbytes < 2 * HUGE or storage.device.type != "cpu" or (libc := _libc()) is None:
         return
-    start = -(-storage.data_ptr() // HUGE) * HUGE
-    length = (storage.data_ptr() + nbytes - start) // HUGE * HUGE
+    _advise(libc, storage.data_ptr(), storage.data_ptr() + nbytes)
+
+
+def _advise(libc: Any, start: int, end: int) -> None:
+    start = -(-start // HUGE) * HUGE
+    length = (end - start) // HUGE * HUGE
     if length > 0:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _ADVICE)
+
+
+class HugePages:
+    """Huge pages for memory that is written piece by piece, as long as they cost less than small ones; for several threads."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._costs = {True: 0.0, False: 0.0}  # seconds a byte, lately; what was not tried costs nothing
+
+    @contextmanager
+    def under(self, out: torch.Tensor) -> Iterator[None]:
+        """The body writes to all of `out`, a part of a tensor that is new."""
+        if out.device.type != "cpu" or out.nbytes < 2 * HUGE or (libc := _libc()) is None:
+            yield
+            return
+        huge = self._chosen()
+        if huge:
+            storage, span = (
+                out.untyped_storage(),
+                sum((n - 1) * step for n, step in zip(out.shape, out.stride(), strict=True)) + 1,
+            )
+            end = out.data_ptr() + span * out.itemsize + HUGE - 1  # a page that the next piece ends is begun here
+            _advise(libc, out.data_ptr(), min(end, storage.data_ptr() + storage.nbytes()))
+        before = time.thread_time()
+        yield
+        cost, known = (time.thread_time() - before) / out.nbytes, self._costs[huge]
+        self._costs[huge] = (3 * known + cost) / 4 if known else cost
+
+    def _chosen(self) -> bool:
+        cheaper = self._costs[True] <= self._costs[False]
+        return cheaper != (next(self._numbers) % _AGAIN == _AGAIN - 1)
 
 
 def huge_pages() -> str:
