@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from .pages import HugePages
 from .workers import Workers
 
 _AT_ONCE = 2**24  # bytes that a thread reads at a time: parts of large tensors, several small ones
+_ANNOUNCED = 2**20  # bytes; what is shorter comes along when the disk is read
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,19 @@ def read_all(
 ) -> None:
     """Do all of them; `done` is told the bytes of each. Raises `CheckpointError`."""
     reads = sorted(reads, key=lambda read: read.entry.position)
+    batches = list(_batches(piece for read in reads for piece in _pieces(read)))
     pages = HugePages()
 
-    def body(batch: Sequence[Read]) -> None:
-        for read in batch:
+    def body(number: int) -> None:
+        for read in itertools.chain.from_iterable(batches[number + workers.count : number + workers.count + 1]):
+            if read.out.nbytes >= _ANNOUNCED:
+                read.entry.expect(read.box)
+        for read in batches[number]:
             with pages.under(read.out):
                 read.entry.read(read.box, read.out)
-        done(sum(read.out.nbytes for read in batch))
+        done(sum(read.out.nbytes for read in batches[number]))
 
-    workers.each(body, _batches(piece for read in reads for piece in _pieces(read)))
+    workers.each(body, range(len(batches)))
     checkpoint.check_unchanged()
 
 
@@ -98,7 +104,8 @@ def _pieces(read: Read) -> Iterator[Read]:
 
 def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
     """Small ones together: handing each to a thread of its own would take longer than reading it."""
-    batch, nbytes = [], 0
+    batch: list[Read] = []
+    nbytes = 0
     for read in reads:
         if batch and nbytes + read.out.nbytes > _AT_ONCE:
             yield batch
