@@ -17,7 +17,7 @@ from .boxes import Box, whole_box
 from .checkpoint import Checkpoint, Rename, Source, open_checkpoint
 from .entries import Entry, cut
 from .matching import Matched, matched
-from .pages import HugePages
+from .pages import NewMemory
 from .workers import Workers
 
 _AT_ONCE = 2**24  # bytes that a thread reads at a time: parts of large tensors, several small ones
@@ -78,15 +78,15 @@ def read_all(
     """Do all of them; `done` is told the bytes of each. Raises `CheckpointError`."""
     reads = sorted(reads, key=lambda read: read.entry.position)
     batches = list(_batches(piece for read in reads for piece in _pieces(read)))
-    pages = HugePages()
+    memory = NewMemory()
 
     def body(number: int) -> None:
         for read in itertools.chain.from_iterable(batches[number + workers.count : number + workers.count + 1]):
             if read.out.nbytes >= _ANNOUNCED:
                 read.entry.expect(read.box)
         for read in batches[number]:
-            with pages.under(read.out):
-                read.entry.read(read.box, read.out)
+            memory.fetch(read.out)
+            read.entry.read(read.box, read.out)
         done(sum(read.out.nbytes for read in batches[number]))
 
     workers.each(body, range(len(batches)))
