@@ -231,5 +231,8 @@ class _Piece:
             )
         return found
 
+    def expect(self, box: Box) -> None:
+        self._stored.expect(box)
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         self._stored.read(box, out)

@@ -22,6 +22,7 @@ from .files import File, bytes_of
 
 _SHORTEST = 512  # bytes; shorter stretches are not read one by one, but cut out of the rows that they lie in
 _ROWS = 2**22  # bytes of such rows at a time
+_CONVERTED = 2**22  # bytes that are read, and then converted, at a time: they stay in the cache in between
 
 
 @runtime_checkable
@@ -45,6 +46,9 @@ class Entry(Protocol):
     @property
     def elements(self) -> Any:
         """What says where the elements lie: two entries for which it is equal hold the same."""
+
+    def expect(self, box: Box) -> None:
+        """The box is read soon; to say so may make that faster."""
 
     def read(self, box: Box, out: torch.Tensor) -> None:
         """Write the box into `out`, of the box's shape; raises `CheckpointError`."""
@@ -100,6 +104,16 @@ class Stored:
             expected *= self.shape[dim]
         return True
 
+    def expect(self, box: Box) -> None:
+        """As an `Entry`: where the box is one stretch of the file."""
+        if not all(box) or not self._is_dense:
+            return
+        order = self._order
+        run = _run(tuple(self.shape[dim] for dim in order), tuple(box[dim] for dim in order))
+        if run.count == 1:
+            item = self.dtype.itemsize
+            self.file.expect(self.start + next(run.starts()) * item, run.length * item)
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
         if not all(box):
@@ -112,9 +126,16 @@ class Stored:
         if _takes_bytes(out, self.dtype):
             self._read_dense(size, box, out)
         else:
-            scratch = torch.empty(out.shape, dtype=self.dtype)
-            self._read_dense(size, box, scratch)
-            out.copy_(scratch)
+            self._read_converted(size, box, out)
+
+    def _read_converted(self, size: tuple[int, ...], box: Box, out: torch.Tensor) -> None:
+        """The box into `out`, which has another dtype or device, or gaps, by way of a little memory that is used again."""
+        limit = min(out.numel(), max(1, _CONVERTED // self.dtype.itemsize))
+        scratch = torch.empty(limit, dtype=self.dtype)
+        for part, piece in cut(box, out, limit):
+            read = scratch[: piece.numel()].view(piece.shape)
+            self._read_dense(size, part, read)
+            piece.copy_(read)
 
     def _read_dense(self, size: tuple[int, ...], box: Box, out: torch.Tensor) -> None:
         """The box into `out`, without gaps on either side."""
@@ -210,15 +231,24 @@ class Pieced:
         """As an `Entry`."""
         return self.shape, [(offsets, piece.elements) for offsets, piece in self.pieces]
 
+    def expect(self, box: Box) -> None:
+        """As an `Entry`."""
+        for piece, inside, _ in self._parts(box):
+            piece.expect(inside)
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
+        for piece, inside, place in self._parts(box):
+            piece.read(inside, out[place])
+
+    def _parts(self, box: Box) -> Iterator[tuple[Entry, Box, tuple[slice, ...]]]:
+        """The pieces that the box has a part of, which part of each, and where it belongs in the box."""
         for offsets, piece in self.pieces:
             parts = list(zip(box, offsets, piece.shape, strict=True))
             places = tuple(_between(part, offset, offset + size) for part, offset, size in parts)
             common = [part[place] for part, place in zip(box, places, strict=True)]
             if all(common):
-                inside = tuple(range(c.start - o, c.stop - o, c.step) for c, o in zip(common, offsets, strict=True))
-                piece.read(inside, out[places])
+                yield piece, tuple(range(c.start - o, c.stop - o, c.step) for c, o in zip(common, offsets, strict=True)), places
 
 
 def _between(part: range, start: int, stop: int) -> slice:
@@ -258,6 +288,9 @@ class Held:
         tensor = self.tensor
         return tensor.device, tensor.data_ptr(), self.shape, tensor.stride(), self.dtype, tensor.is_conj(), tensor.is_neg()
 
+    def expect(self, box: Box) -> None:
+        """As an `Entry`."""
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
         if all(box):
@@ -277,6 +310,9 @@ class Strange:
     divisible = True
     position = ("", 0)
     elements = None
+
+    def expect(self, box: Box) -> None:
+        """As an `Entry`."""
 
     def read(self, box: Box, out: torch.Tensor) -> None:
         """As an `Entry`."""
@@ -308,6 +344,18 @@ def _form(tensor: torch.Tensor) -> str:
     if tensor.is_nested or tensor.is_meta:
         return "nested" if tensor.is_nested else "meta"
     return str(tensor.layout).removeprefix("torch.")
+
+
+def cut(box: Box, out: torch.Tensor, limit: int) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The box and the memory for it in pieces of no more than `limit` elements."""
+    if out.numel() <= limit:
+        yield box, out
+        return
+    dim = next(dim for dim, part in enumerate(box) if len(part) > 1)
+    rows = max(1, limit // (out.numel() // len(box[dim])))
+    for start in range(0, len(box[dim]), rows):
+        part = box[dim][start : start + rows]
+        yield from cut((*box[:dim], part, *box[dim + 1 :]), out.narrow(dim, start, len(part)), limit)
 
 
 def read_whole(entry: Entry) -> torch.Tensor:

@@ -51,6 +51,11 @@ class File:
                 raise CheckpointError(f"{self.path} was cut short while {what} was read; copy it again")
             done += count
 
+    def expect(self, start: int, length: int) -> None:
+        """These bytes are read soon: the kernel may fetch them from the disk meanwhile."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
+
     def head(self, count: int, start: int = 0) -> bytes:
         """The first bytes, or as many as there are."""
         memory = bytearray(max(0, min(count, self.size - start)))

@@ -17,15 +17,15 @@ from ..tracer.errors import CheckpointError
 from ..tracer.graph import ParamGraph, TensorNode
 from .boxes import Box, whole_box
 from .checkpoint import Checkpoint, open_checkpoint
-from .entries import Entry, Held, is_plain
+from .entries import Entry, Held, cut, is_plain
 from .hub import Converted, can_load, converted, finish_loading, is_transformers
 from .matching import Matched, matched
 from .meta import remembered
 from .options import Load
-from .pages import prefer_huge_pages
+from .pages import NewMemory
 from .workers import Workers
 
-_CONVERTED = 2**20  # bytes that a thread reads at a time where they are converted: they stay in the cache in between
+_ANNOUNCED = 2**20  # bytes; what is shorter comes along when the disk is read
 
 
 @dataclass(frozen=True)
@@ -117,38 +117,44 @@ def read_all(
 ) -> None:
     """Do all of them; `done` is told the bytes of each. Raises `CheckpointError`."""
     reads = sorted(reads, key=lambda read: read.entry.position)
-    for read in reads:
-        if read.out.device.type == "cpu":
-            prefer_huge_pages(read.out.untyped_storage())
+    batches = list(_batches(piece for read in reads for piece in _pieces(read)))
+    memory = NewMemory()
 
-    def body(read: Read) -> None:
-        read.entry.read(read.box, read.out)
-        done(read.out.nbytes)
+    def body(number: int) -> None:
+        ahead = number + workers.count
+        for read in batches[ahead] if ahead < len(batches) else ():
+            if read.out.nbytes >= _ANNOUNCED:
+                read.entry.expect(read.box)
+        for read in batches[number]:
+            memory.fetch(read.out)
+            read.entry.read(read.box, read.out)
+        done(sum(read.out.nbytes for read in batches[number]))
 
-    workers.each(body, [piece for read in reads for piece in _pieces(read)])
+    workers.each(body, range(len(batches)))
     checkpoint.check_unchanged()
 
 
 def _pieces(read: Read) -> Iterator[Read]:
     """The same in pieces for several threads."""
-    if not read.entry.divisible or not read.out.numel():
+    if not read.entry.divisible or read.out.nbytes <= READ_BYTES:
         yield read
         return
-    item = max(read.out.dtype.itemsize, read.entry.dtype.itemsize)
-    straight = read.out.dtype == read.entry.dtype and read.out.device.type == "cpu"
-    yield from _cut(read, max(1, (READ_BYTES if straight else _CONVERTED) // item))
+    for box, out in cut(read.box, read.out, max(1, READ_BYTES // read.out.dtype.itemsize)):
+        yield Read(read.entry, box, out)
 
 
-def _cut(read: Read, limit: int) -> Iterator[Read]:
-    entry, box, out = read
-    if out.numel() <= limit:
-        yield read
-        return
-    dim = next(dim for dim, part in enumerate(box) if len(part) > 1)
-    rows = max(1, limit // (out.numel() // len(box[dim])))
-    for start in range(0, len(box[dim]), rows):
-        part = box[dim][start : start + rows]
-        yield from _cut(Read(entry, (*box[:dim], part, *box[dim + 1 :]), out.narrow(dim, start, len(part))), limit)
+def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
+    """Small ones together: handing each to a thread of its own would take longer than reading it."""
+    batch: list[Read] = []
+    nbytes = 0
+    for read in reads:
+        if batch and nbytes + read.out.nbytes > READ_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(read)
+        nbytes += read.out.nbytes
+    if batch:
+        yield batch
 
 
 def check_ties(matched: Matched) -> None:
@@ -177,10 +183,10 @@ def check_outside(matched: Matched, graph: ParamGraph, members: Mapping[str, tor
 def _differ(first: Entry, other: Entry, rows: int = 2**22) -> bool:
     if first.shape != other.shape:
         return True
-    for read in _cut(Read(first, whole_box(first.shape), torch.empty(first.shape, device="meta")), rows):
-        one, two = (torch.empty(read.out.shape, dtype=each.dtype) for each in (first, other))
-        first.read(read.box, one)
-        other.read(read.box, two)
+    for box, like in cut(whole_box(first.shape), torch.empty(first.shape, device="meta"), rows):
+        one, two = (torch.empty(like.shape, dtype=each.dtype) for each in (first, other))
+        first.read(box, one)
+        other.read(box, two)
         if not _equal(one, two):
             return True
     return False

@@ -134,6 +134,9 @@ class TiledEntry:
         """Those of the sources, and where they go."""
         return self.shape, self.dtype, [(tile.source.elements, tile.first, tile.sides) for tile in self.tiles]
 
+    def expect(self, box: Box) -> None:
+        """Nothing: the parts of a box lie in many places."""
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         """Fill `out` with this box of the tensor."""
         for tile in self.tiles:

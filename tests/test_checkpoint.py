@@ -554,7 +554,7 @@ for number in range(25):
     draw = random.Random(number)
     name, form = draw.choice(list(BUILDS)), draw.choice(forms)
     entries._SHORTEST, entries._ROWS = draw.choice([(1, 1), (64, 100), (512, 2**22)])
-    loading._STRAIGHT, loading._CONVERTED = draw.choice([(64, 16), (1000, 300), (2**24, 2**20)])
+    loading.READ_BYTES, entries._CONVERTED = draw.choice([(64, 16), (1000, 300), (2**24, 2**20)])
     dtype = draw.choice([None, torch.bfloat16])
     share = draw.random()
     some = {key: tensor for key, tensor in other_state(BUILDS[name]).items() if draw.random() < share}

@@ -130,8 +130,8 @@ def test_any_box_is_read_in_pieces(
     out = data.draw(memory_for(tuple(map(len, box)), tensor.dtype))
     done: list[int] = []
     with (
-        mock.patch.multiple(entries, _SHORTEST=sizes[0], _ROWS=sizes[1]),
-        mock.patch.multiple(loading, READ_BYTES=cuts[0], _CONVERTED=cuts[1]),
+        mock.patch.multiple(entries, _SHORTEST=sizes[0], _ROWS=sizes[1], _CONVERTED=cuts[1]),
+        mock.patch.multiple(loading, READ_BYTES=cuts[0]),
         written(tensor, start) as entry,
         Workers(data.draw(st.sampled_from((1, 2)))) as workers,
     ):

@@ -78,6 +78,9 @@ class Stored:
     def elements(self) -> Any:
         return id(self)
 
+    def expect(self, box: Box) -> None:
+        pass
+
     def read(self, box: Box, out: torch.Tensor) -> None:
         assert tuple(map(len, box)) == tuple(out.shape)
         self.reads.append(out.numel())
@@ -326,6 +329,9 @@ class Held:
     @property
     def elements(self) -> Any:
         return id(self)
+
+    def expect(self, box: Box) -> None:
+        pass
 
     @property
     def shape(self) -> tuple[int, ...]:
