@@ -5,6 +5,7 @@ Nothing is mapped: a file that is cut short meanwhile gives an error, where mapp
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -26,7 +27,7 @@ class File:
         self.path = Path(path)
         self._descriptor = -1
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | _FLAGS)
+            self._descriptor = _opened(self.path)
             self._seen = os.fstat(self._descriptor)
         except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             raise CheckpointError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
@@ -83,6 +84,29 @@ class File:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _opened(path: Path) -> int:
+    """A checkpoint of many ranks has more files than a process is allowed by default: the limit is raised when it is met."""
+    try:
+        return os.open(path, os.O_RDONLY | _FLAGS)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _more_files():
+            raise
+    return os.open(path, os.O_RDONLY | _FLAGS)
+
+
+def _more_files() -> bool:
+    """Raise the number of files that the process may have open as far as it may itself; False where nothing is left."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now == most:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return True
 
 
 class Slice:

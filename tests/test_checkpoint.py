@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -573,3 +575,37 @@ def test_random_parts_of_checkpoints_in_poisoned_memory() -> None:
     environment = os.environ | {"MALLOC_PERTURB_": "85", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    plan = gp.trace(lambda: nn.Sequential(*[nn.Linear(2, 2) for _ in range(40)]))
+    plan.save_checkpoint(plan.materialize(seed=0), tmp_path, max_shard_size=20)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 80
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, before[1]))
+    try:
+        plan.materialize(checkpoint=tmp_path, missing="error")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# -- any subset ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.sampled_from(sorted(BUILDS)), st.integers(0, 2**31), st.sampled_from([None, torch.bfloat16]))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_subset_of_the_keys(data: st.DataObject, name: str, seed: int, dtype: torch.dtype | None) -> None:
+    """Those present are the checkpoint's, the missing ones eager's; the generator goes on as eager's where anything is drawn."""
+    build = BUILDS[name]
+    every = other_state(build)
+    names = sorted(every)
+    some = {key: every[key] for key in data.draw(st.sets(st.sampled_from(names)))}
+    plan = gp.trace(build)
+    plan = plan.cast(dtype) if dtype else plan
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    found = plan.materialize(seed=seed, checkpoint=some) if some else plan.materialize(seed=seed)
+    after = torch.get_rng_state()
+    assert_same_values(eager(build, some, seed, dtype), found)
+    assert torch.equal(after, torch.get_rng_state() if is_drawn(plan.graph, some) else before)
