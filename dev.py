@@ -169,9 +169,8 @@ def demo(shell: Shell, python: Path, args: list[str]) -> None:
 def pytest_arguments(args: list[str]) -> list[str]:
     """`args`, behind the default paths where they name none; then on several cores, a file of tests at a time."""
     named = any((ROOT / arg.split("::")[0]).exists() for arg in args if not arg.startswith("-"))
-    return (
-        args if named else [*TESTED, "--numprocesses", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile", *args]
-    )
+    workers = str(min(MOST_WORKERS, os.cpu_count() or 1))
+    return args if named else [*TESTED, "--numprocesses", workers, "--dist", "loadfile", *args]
 
 
 def test(shell: Shell, python: Path, args: list[str]) -> None:
