@@ -141,8 +141,8 @@ def materialize_sharded(
 
 def _opened(load: Load | None, blueprint: Blueprint, module: nn.Module, until: ExitStack, own: Own | None) -> Loading | None:
     """The checkpoint, open until the stack is left, or for as long as there are modules to fill one by one."""
-    if own is not None and own.loading is not None:
-        return own.loading
+    if load is None or (own is not None and own.loading is not None):
+        return None if own is None else own.loading
     uncast = blueprint.decisions.model_copy(update={"steps": ()})  # the blueprint's constructor casts already
     graph, kept = blueprint.build.graph, until if own is None else own.until
     members = members_of(module) if own is None else all_members(graph)

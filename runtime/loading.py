@@ -76,6 +76,7 @@ def opened(
         found = matched(graph, checkpoint, members, load.missing, load.unexpected, optional)
         check_ties(found)
         check_outside(found, graph, members)
+        del members, pristine  # what they hold may go while this waits
         yield Loading(checkpoint, found, load, converted)
 
 

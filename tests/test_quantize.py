@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import groundplan as gp
 from groundplan.planner.quantizing import config_data, config_of, picks
 from groundplan.runtime import quantizers
 
+from .jobs import GIVEN_BACK
 from .law import content
 
 SEED = 3
@@ -526,3 +529,25 @@ def test_from_a_checkpoint() -> None:
     expected.load_state_dict(given, strict=False)
     quantize_(expected, config)
     assert_equal(gp.trace(build).quantize(config).materialize(seed=SEED, checkpoint=given), expected)
+
+
+PEAK = """
+import resource, sys, torch, groundplan as gp
+from torchao.quantization import Int8WeightOnlyConfig
+def build(): return torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(48)])
+def built(build, **options): return gp.trace(build).cast(torch.bfloat16).quantize(Int8WeightOnlyConfig()).materialize(**options)
+built(lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), seed=0)
+gp.trace(build).save_checkpoint(1, sys.argv[1] + "/all.safetensors")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+built(build, **({"checkpoint": sys.argv[1] + "/all.safetensors"} if sys.argv[2] == "read" else {"seed": 0}))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("how", ["drawn", "read"])
+def test_layers_that_are_quantized_are_gone(how: str, tmp_path: Path) -> None:
+    """201 MB quantized, 403 MB in bfloat16: of these no more than two layers, beside torchao's temporaries."""
+    pytest.importorskip("torchao")
+    command, surroundings = [sys.executable, "-c", PEAK, str(tmp_path), how], os.environ | GIVEN_BACK
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 201e6 + 2 * 17e6 + 150e6, f"{int(done.stdout):,}"
