@@ -137,15 +137,26 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
-    if decisions.sharding is not None or decisions.placing is not None or decisions.quantizing:
+    if _is_of_a_rank(decisions):
         return _of_rank(graph, decisions, workload, 0)
+    timelines = timelines_of(graph, decisions, workload)
+    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
+    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
+
+
+def timelines_of(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int = 0) -> dict[str, list[Change]]:
+    """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
+    if _is_of_a_rank(decisions):
+        return rank_timelines(graph, decisions, workload, rank)
     walk = _Walk(graph)
     for step in decisions.steps:
         walk.take(step)
     walk.finish()
-    timelines = _timelines(graph, decisions, workload, walk)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
+    return _timelines(graph, decisions, workload, walk)
+
+
+def _is_of_a_rank(decisions: Decisions) -> bool:
+    return decisions.sharding is not None or decisions.placing is not None or bool(decisions.quantizing)
 
 
 def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
