@@ -79,9 +79,7 @@ class Memory:
 
     def rank(self, index: int) -> Memory:
         """The memory of one rank; raises `RankError` for one that the plan does not have."""
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self.ranks:
-            has = "is for one process" if self.ranks == 1 else f"has ranks 0 to {self.ranks - 1}"
-            raise RankError(f"the plan {has}, so there is no rank {index!r}; ask for rank 0")
+        check_rank(index, self.ranks)
         return self if self.of_rank is None else self.of_rank(index)
 
     def to_json(self) -> dict[str, Any]:
@@ -110,6 +108,13 @@ class Memory:
         largest = ", ".join(f"{name} ({human_bytes(nbytes)})" for name, nbytes in binding.tensors[:3])
         peak = f"peak: {human_bytes(binding.bytes)} in {binding.phase} on {binding.device}; largest: {largest or 'nothing'}"
         return "\n".join([*table, peak, *(f"note: {note}" for note in self.notes)])
+
+
+def check_rank(index: int, ranks: int) -> None:
+    """Raises `RankError` for a rank that a plan for so many ranks does not have."""
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < ranks:
+        has = "is for one process" if ranks == 1 else f"has ranks 0 to {ranks - 1}"
+        raise RankError(f"the plan {has}, so there is no rank {index!r}; ask for rank 0")
 
 
 def human_bytes(nbytes: int) -> str:

@@ -1,7 +1,8 @@
 """Reserved beside active bytes for the timelines of tier T0: their changes as an allocator's events, one device at a time.
 
 T0 knows which tensors come and go, not the temporaries between them, so what this says of a phase is what its tensors alone
-reserve: rounding, pools and segments, without the fragmentation that activations cause.
+reserve: rounding, pools and segments, without the fragmentation that activations cause. All copies of a parameter
+in the optimizer's state count as one allocation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .allocator_config import AllocatorConfig, AllocatorError
 from .allocator_driver import Device
 from .allocator_events import Allocate, Event, Free, Replayed, Usage
 from .decisions import Decisions
-from .memory import timelines_of
+from .memory import check_rank, timelines_of
 from .rank_memory import Change
 from .workload import Training
 
@@ -46,8 +47,10 @@ def reserved(
 ) -> dict[str, dict[str, Usage]]:
     """The allocator's peaks in every phase of one rank, for each CUDA device that the phase uses; sizes are bytes.
 
-    Each phase starts from an empty allocator, as it does in `memory`, and has a device without a limit.
+    Each phase starts from an empty allocator, as it does in `memory`, and has a device without a limit. Raises `RankError` for a
+    rank that the plan does not have.
     """
+    check_rank(rank, 1 if decisions.sharding is None else decisions.sharding.ranks)
     timelines = timelines_of(graph, decisions, workload, rank)
     return {
         phase: {device: replay_timeline(changes, device, config).peak for device in _cuda_devices(changes)}

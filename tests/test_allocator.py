@@ -21,7 +21,7 @@ from groundplan.planner.allocator_driver import Device
 from groundplan.planner.allocator_events import Allocate, EmptyCache, Event, Free, OutOfMemory, RecordStream, Synchronize
 from groundplan.planner.allocator_snapshot import from_snapshot
 from groundplan.planner.decisions import default_decisions
-from groundplan.planner.memory import memory
+from groundplan.planner.memory import RankError, memory
 from groundplan.planner.overheads import OVERHEADS, cublas_workspace
 from groundplan.planner.rank_memory import Change
 from groundplan.planner.reserved import replay_timeline, reserved
@@ -254,6 +254,19 @@ def test_garbage_is_collected_by_age() -> None:
     assert found.retries == 0
 
 
+@pytest.mark.parametrize(("threshold", "reserved"), [(0.5, 120 * MIB), (0.4, 90 * MIB)])
+def test_the_oldest_garbage_goes_first(threshold: float, reserved: int) -> None:
+    found = allocator(f"garbage_collection_threshold:{threshold},per_process_memory_fraction:0.8", total=200 * MIB)
+    for id, size in enumerate((20 * MIB, 30 * MIB, 40 * MIB)):
+        found.allocate(id, size)
+    found.free(0)
+    found.free(1)
+    found.allocate("again", 30 * MIB)  # a search that the first one does not serve
+    found.free("again")
+    found.allocate("a", 50 * MIB)  # two searches and one ago: above 80 MiB the first goes, above 64 MiB both
+    assert found.reserved == reserved
+
+
 def test_a_threshold_without_a_limit_collects_nothing() -> None:
     found = filled(20 * MIB, text="garbage_collection_threshold:0.1", total=100 * MIB)
     found.free(0)
@@ -381,6 +394,15 @@ def test_best_fit_counts_what_a_block_can_grow_by() -> None:
     start = found.address(0) or 0
     found.free(0)  # 10 MiB at the start; 6 MiB free at the end
     found.allocate("a", 4 * MIB)
+    assert found.address("a") == start
+
+
+def test_of_blocks_that_can_grow_as_far_the_first() -> None:
+    found = filled(5 * MIB, 2 * MIB, 5 * MIB, 8 * MIB, text="expandable_segments:True")
+    start = found.address(0)
+    found.free(0)
+    found.free(2)
+    found.allocate("a", 5 * MIB)
     assert found.address("a") == start
 
 
@@ -625,6 +647,13 @@ def test_a_plans_phases() -> None:
     predicted = memory(graph, decisions, Training(optimizer="sgd-momentum"))
     for phase, devices in found.items():
         assert {device: usage.requested for device, usage in devices.items()}.items() <= predicted.by_device[phase].items()
+
+
+def test_a_rank_that_is_not_there() -> None:
+    graph = fingerprinted(graph_of(tensor("a", size=(5, 3 * MIB // 4))))
+    plan = default_decisions(graph, "model.Model").to("cuda")
+    with pytest.raises(RankError, match="the plan is for one process, so there is no rank 1; ask for rank 0"):
+        reserved(graph, plan, rank=1)
 
 
 def test_timelines_that_cannot_be() -> None:
