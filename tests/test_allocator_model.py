@@ -20,7 +20,8 @@ from .allocator_model import Model
 MIB = 2**20
 EDGES = [0, 1, 511, 512, 513, 4097, MIB - 512, MIB, MIB + 1, 2 * MIB, 9 * MIB, 10 * MIB - 1, 10 * MIB, 10 * MIB + 1, 19 * MIB]
 EDGES += [20 * MIB, 20 * MIB + 1, 24 * MIB, 25 * MIB, 40 * MIB, 47 * MIB]
-SIZES = st.one_of(st.sampled_from(EDGES), st.integers(1, 3 * MIB), st.integers(1, 30 * MIB))
+SAME = [5 * MIB, 12 * MIB, 21 * MIB, 30 * MIB]  # so that blocks of equal size are free at once
+SIZES = st.one_of(st.sampled_from(EDGES), st.sampled_from(SAME), st.integers(1, 3 * MIB), st.integers(1, 30 * MIB))
 
 
 @st.composite
