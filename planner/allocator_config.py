@@ -24,7 +24,7 @@ K_SMALL_BUFFER = 2 * MIB
 """kSmallBuffer: small allocations are packed in segments (expandable ones: pages) of this size."""
 
 K_LARGE_BUFFER = 20 * MIB
-"""kLargeBuffer, since torch 2.9 the default of `large_segment_size_mb`: segments for allocations below `K_MIN_LARGE_ALLOC`."""
+"""Once kLargeBuffer, now the default of `large_segment_size_mb`: segments for allocations below `K_MIN_LARGE_ALLOC`."""
 
 K_MIN_LARGE_ALLOC = 10 * MIB
 """kMinLargeAlloc: from this size on an allocation gets a segment of its own size."""
