@@ -79,9 +79,7 @@ class Memory:
 
     def rank(self, index: int) -> Memory:
         """The memory of one rank; raises `RankError` for one that the plan does not have."""
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self.ranks:
-            has = "is for one process" if self.ranks == 1 else f"has ranks 0 to {self.ranks - 1}"
-            raise RankError(f"the plan {has}, so there is no rank {index!r}; ask for rank 0")
+        check_rank(index, self.ranks)
         return self if self.of_rank is None else self.of_rank(index)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,6 +110,13 @@ class Memory:
         return "\n".join([*table, peak, *(f"note: {note}" for note in self.notes)])
 
 
+def check_rank(index: int, ranks: int) -> None:
+    """Raises `RankError` for a rank that a plan for so many ranks does not have."""
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < ranks:
+        has = "is for one process" if ranks == 1 else f"has ranks 0 to {ranks - 1}"
+        raise RankError(f"the plan {has}, so there is no rank {index!r}; ask for rank 0")
+
+
 def human_bytes(nbytes: int) -> str:
     """Bytes in decimal units: GB is 10^9.
 
@@ -137,15 +142,26 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
-    if decisions.sharding is not None or decisions.placing is not None or decisions.quantizing:
+    if _is_of_a_rank(decisions):
         return _of_rank(graph, decisions, workload, 0)
+    timelines = timelines_of(graph, decisions, workload)
+    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
+    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
+
+
+def timelines_of(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int = 0) -> dict[str, list[Change]]:
+    """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
+    if _is_of_a_rank(decisions):
+        return rank_timelines(graph, decisions, workload, rank)
     walk = _Walk(graph)
     for step in decisions.steps:
         walk.take(step)
     walk.finish()
-    timelines = _timelines(graph, decisions, workload, walk)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
+    return _timelines(graph, decisions, workload, walk)
+
+
+def _is_of_a_rank(decisions: Decisions) -> bool:
+    return decisions.sharding is not None or decisions.placing is not None or bool(decisions.quantizing)
 
 
 def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
