@@ -26,6 +26,7 @@ from . import lightning
 from .adapters import deepspeed_zero3, param_init_fn
 from .explain import Explanation
 from .plan import Plan, materialize, trace
+from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
 from .planner.memory import Memory
 from .planner.workload import Training
@@ -57,6 +58,7 @@ __all__ = [
     "ParamGraph",
     "Decisions",
     "Training",
+    "Cluster",
     "Memory",
     "Report",
     "Explanation",

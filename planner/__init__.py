@@ -4,11 +4,12 @@
 * `sharding` and `placing`: how a module is divided between ranks, or between one process's devices (`check_sharding`: its doors);
 * `quantizing`: which layers are quantized while they are built, and how;
 * `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`rank_memory`: of one rank);
-* `catalog`: what is known of devices (`devices.toml`), each number with its source;
+* `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `records`: what all that is saved is made of.
 """
 
 from .check import check_decisions
+from .cluster import Cluster
 from .decisions import Cast, Decisions, Move, Rule, default_decisions
 from .memory import Binding, Memory
 from .plan_file import load_decisions, save_decisions
@@ -17,6 +18,7 @@ from .workload import Training
 __all__ = [
     "Binding",
     "Cast",
+    "Cluster",
     "Decisions",
     "Memory",
     "Move",
