@@ -29,6 +29,7 @@ from .plan import Plan, materialize, trace
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
 from .planner.memory import Memory
+from .planner.verdict import Verdict
 from .planner.workload import Training
 from .report import Report
 from .tracer.errors import (
@@ -60,6 +61,7 @@ __all__ = [
     "Training",
     "Cluster",
     "Memory",
+    "Verdict",
     "Report",
     "Explanation",
     "GroundplanError",

@@ -15,7 +15,6 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,7 @@ from rich.markup import escape
 import groundplan as gp
 
 from .doctor import examine
+from .planner.cluster import cluster_of
 from .planner.memory import human_bytes
 from .planner.workload import COPIES
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
@@ -89,13 +89,21 @@ def report(
         str | None,
         typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(COPIES)}."),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLUSTER",
+            help="Say whether it fits: 8xH100-80GB, 1x24GB+64GB-cpu, ... or a .json file. Moves to cuda, if it has devices.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
     workload = gp.Training(optimizer=train) if train else None
+    machine = cluster_of(cluster) if cluster is not None else None
+    device = "cuda" if device is None and machine is not None and machine.devices else device
     with _session(spec, kwargs) as parsed:
-        plan = _plan(parsed, dtype, device)
-        found = replace(plan.report(), memory=plan.memory(workload))
+        found = _plan(parsed, dtype, device).report(workload, machine)
     if as_json:
         _print_json({"spec": parsed.name, **found.to_json(), "memory": found.memory.to_json()})
     else:

@@ -20,6 +20,7 @@ from .layout import layout_line
 from .planner.decisions import Cast, Decisions, Move, final_device, final_dtype
 from .planner.memory import Memory
 from .planner.records import dtype_name
+from .planner.verdict import Verdict
 from .shown import Shown, bullets, heading, shortened, write_atomically
 from .tensor_table import SECTIONS, Row, tensor_table
 from .tracer.describe import describe_frame, describe_op, recipe_phrases
@@ -33,6 +34,7 @@ _SHOWN_DEAD = 6
 _SHOWN_LINES = 4
 _SHOWN_TIES = 12
 _SHOWN_UNINITIALIZED = 12
+_VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "bold red"}
 _STREAMS = {
     "cpu": "cpu: that of torch's CPU generator, on whatever device the tensors end up",
     "cuda": "cuda: that of torch's CUDA generator, drawn on the GPU",
@@ -60,6 +62,7 @@ class Report(Shown):
     graph: ParamGraph
     decisions: Decisions
     memory: Memory
+    verdict: Verdict | None = None
 
     # -- other forms ----------------------------------------------------------------------------------------------------
 
@@ -83,6 +86,7 @@ class Report(Shown):
             "uninitialized": [tensor.name for tensor in self.graph.uninitialized],
             "phases": dict(self.memory.phases),
             "peak": self.memory.peak,
+            "verdict": self.verdict and self.verdict.to_json(),
             "notes": list(self.notes),
         }
         if path is not None:
@@ -99,6 +103,7 @@ class Report(Shown):
         yield from _dead(self, width)
         yield from _uninitialized(self.graph)
         yield from _memory(self.memory)
+        yield from _verdict(self.verdict)
         if self.notes:
             yield heading("notes")
             yield from bullets(self.notes, style="dim")
@@ -372,6 +377,13 @@ def _memory(memory: Memory) -> Iterator[RenderableType]:
     yield heading("memory")
     yield grid
     yield from bullets([peak_line(memory)], mark=" ")
+
+
+def _verdict(verdict: Verdict | None) -> Iterator[RenderableType]:
+    if verdict is not None:
+        yield heading(f"cluster {verdict.cluster}: {verdict.verdict}")
+        yield from bullets((room.describe() for room in verdict.rooms), style=_VERDICT_STYLES[verdict.verdict])
+        yield from bullets(verdict.notes, style="dim")
 
 
 def peak_line(memory: Memory) -> str:

@@ -5,6 +5,7 @@
 * `quantizing`: which layers are quantized while they are built, and how;
 * `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`rank_memory`: of one rank);
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
+* `verdict`: whether they fit a cluster;
 * `records`: what all that is saved is made of.
 """
 
@@ -13,6 +14,7 @@ from .cluster import Cluster
 from .decisions import Cast, Decisions, Move, Rule, default_decisions
 from .memory import Binding, Memory
 from .plan_file import load_decisions, save_decisions
+from .verdict import Verdict
 from .workload import Training
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Move",
     "Rule",
     "Training",
+    "Verdict",
     "check_decisions",
     "default_decisions",
     "load_decisions",
