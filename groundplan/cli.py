@@ -96,6 +96,9 @@ def report(
             help="Say whether it fits: 8xH100-80GB, 1x24GB+64GB-cpu, ... or a .json file. Moves to cuda, if it has devices.",
         ),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as one page for a browser, too; the page loads nothing.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
@@ -104,10 +107,19 @@ def report(
     device = "cuda" if device is None and machine is not None and machine.devices else device
     with _session(spec, kwargs) as parsed:
         found = _plan(parsed, dtype, device).report(workload, machine)
+    if html is not None:
+        _write_page(found, html)
     if as_json:
         _print_json({"spec": parsed.name, **found.to_json(), "memory": found.memory.to_json()})
     else:
         typer.echo(str(found))
+
+
+def _write_page(found: gp.Report, path: Path) -> None:
+    try:
+        found.to_html(path)
+    except OSError as error:
+        raise _FileError(f"the page cannot be written: {error}") from error
 
 
 @app.command()
@@ -247,6 +259,10 @@ def _dtype(name: str) -> torch.dtype:
 
 def _print_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+class _FileError(GroundplanError):
+    """A file that a command was to write cannot be written."""
 
 
 class _ConstructorError(GroundplanError):

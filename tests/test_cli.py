@@ -172,6 +172,14 @@ def test_report_says_whether_it_fits(groundplan: Runner, tmp_path: Path) -> None
     assert groundplan("report", "cli_zoo:Net", "--json").json["verdict"] is None
 
 
+def test_report_as_a_page(groundplan: Runner) -> None:
+    result = groundplan("report", "cli_zoo:Net", "--train", "adamw", "--html", "out.html", "--json")
+    page = (groundplan.folder / "out.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and f'data-value="{result.json["peak"]}"' in page
+    failed = groundplan("report", "cli_zoo:Net", "--html", "no/such/folder.html")
+    assert failed.code == 1 and "the page cannot be written" in failed.err and "Traceback" not in failed.err
+
+
 def test_a_cluster_that_cannot_be(groundplan: Runner) -> None:
     result = groundplan("report", "cli_zoo:Net", "--cluster", "8xH10O-80GB")
     assert (result.code, result.out) == (1, "")
