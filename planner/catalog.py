@@ -26,9 +26,9 @@ PathLike = str | os.PathLike[str]
 
 
 class Source(Record):
-    """Where numbers come from: a `datasheet` states them, somebody `measured` them, they are `computed` from what is stated."""
+    """Where numbers come from: a vendor's `datasheet`, what a user `published`, what was `measured`, or is `computed`."""
 
-    kind: Literal["datasheet", "measured", "computed"]
+    kind: Literal["datasheet", "published", "measured", "computed"]
     url: Annotated[str, Field(min_length=1)]
     says: Annotated[str, Field(min_length=1)]
 

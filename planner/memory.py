@@ -116,6 +116,7 @@ class Memory:
                 "bytes": binding.bytes,
                 "tensors": [{"name": name, "bytes": nbytes} for name, nbytes in binding.tensors],
             },
+            "left_out": list(self.left_out),
             "notes": list(self.notes),
         }
 

@@ -261,6 +261,9 @@ def _room(
 
 def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
     yield f'"fits" keeps {margin:.0%} of what is needed free besides; "tight" does not'
+    if "step" not in memory.by_device:
+        phases = ", ".join(memory.by_device)
+        yield f"without a workload only {phases} are looked at: running the model, its inputs and activations come on top"
     if memory.left_out:
         yield f'{", ".join(memory.left_out)} are not counted, so that nothing better than "tight" can be said'
     if memory.ranks > 1 and not cluster.is_mixed:

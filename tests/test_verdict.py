@@ -172,6 +172,7 @@ def test_a_model_of_8_billion_in_half_precision() -> None:
     weights = gp.trace(Large).cast(torch.bfloat16).to("cuda").memory()
     assert weights.fits("1x16GB").verdict == "does not fit"
     assert weights.fits("H100-80GB").verdict == "fits"
+    assert any("without a workload only construct, load, checkpoint are looked at" in note for note in weights.fits("H100").notes)
     assert weights.fits(gp.Cluster.parse("24GB")).binding.phase in ("construct", "load", "checkpoint")
 
 
@@ -179,6 +180,7 @@ def test_training_is_never_said_to_fit_before_activations_are_counted() -> None:
     plan = gp.trace(Large).to("cuda").shard({"dp": 8})
     found = plan.memory(gp.Training("adamw")).fits("8xH100-80GB")
     assert found.verdict == "tight" and found.binding.phase == "optimizer"
+    assert not any("without a workload" in note for note in found.notes)
     assert found.binding.added.keys() == {"CUDA context", "workspaces", "communicators"}
     assert plan.memory(gp.Training("adamw")).fits("8x16GB").verdict == "does not fit"
     assert plan.memory().communicators == 1
