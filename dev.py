@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAGES = ("tracer", "planner", "runtime")
 # What pytest runs when no path is given: the tests, and the examples in the docstrings.
+MOST_WORKERS = 4  # of pytest: each takes up to 2 GB, and some tests start four processes themselves
 TESTED = ("--doctest-modules", "groundplan", "tests")
 
 
@@ -167,9 +168,10 @@ def demo(shell: Shell, python: Path, args: list[str]) -> None:
 
 
 def pytest_arguments(args: list[str]) -> list[str]:
-    """`args`, behind the default paths where they name none."""
+    """`args`, behind the default paths where they name none; then on several cores, a file of tests at a time."""
     named = any((ROOT / arg.split("::")[0]).exists() for arg in args if not arg.startswith("-"))
-    return args if named else [*TESTED, *args]
+    workers = str(min(MOST_WORKERS, os.cpu_count() or 1))
+    return args if named else [*TESTED, "--numprocesses", workers, "--dist", "loadfile", *args]
 
 
 def test(shell: Shell, python: Path, args: list[str]) -> None:

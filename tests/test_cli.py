@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
 from groundplan import cli
@@ -261,6 +261,18 @@ def test_ties_are_in_the_metadata_and_load_model_reads_them(groundplan: Runner) 
     model = eager(groundplan.folder, 0)
     load_model(model, "made/model.safetensors")
     assert torch.equal(model.state_dict()["second.weight"], eager(groundplan.folder, 7).state_dict()["first.weight"])
+
+
+def test_materialize_reads_a_checkpoint(groundplan: Runner) -> None:
+    groundplan("materialize", "cli_zoo:Net", "--out", "part", "--seed", "7")
+    full = load_file("part/model.safetensors")
+    save_file({"first.bias": full["first.bias"] + 1}, "part.safetensors")
+    assert groundplan("materialize", "cli_zoo:Net", "--out", "made", "--checkpoint", "part.safetensors", "--seed", "7").code == 0
+    loaded = load_file("made/model.safetensors")
+    assert torch.equal(loaded["first.bias"], full["first.bias"] + 1)
+    assert torch.equal(loaded["first.weight"], full["first.weight"])
+    result = groundplan("materialize", "cli_zoo:Net", "--out", "other", "--checkpoint", "nowhere")
+    assert result.code and "there is no nowhere" in result.err and not os.path.exists("other")
 
 
 def test_materialize_casts(groundplan: Runner) -> None:

@@ -230,14 +230,20 @@ def test_a_changed_c_source_installs_again(dev: ModuleType, repository: Path) ->
 @pytest.mark.parametrize(
     ("given", "passed"),
     [
-        ([], "--doctest-modules groundplan tests"),
-        (["-n", "2", "-x"], "--doctest-modules groundplan tests -n 2 -x"),
+        ([], "--doctest-modules groundplan tests --numprocesses 4 --dist loadfile"),
+        (["-n", "2", "-x"], "--doctest-modules groundplan tests --numprocesses 4 --dist loadfile -n 2 -x"),
         (["tests/test_cli.py::test_version"], "tests/test_cli.py::test_version"),
     ],
 )
 def test_pytest_arguments(
-    dev: ModuleType, repository: Path, capsys: pytest.CaptureFixture[str], given: list[str], passed: str
+    dev: ModuleType,
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    passed: str,
 ) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     pretend_installed(dev, repository)
     (repository / "tests").mkdir()
     (repository / "tests" / "test_cli.py").touch()
