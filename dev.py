@@ -113,10 +113,11 @@ def environment(shell: Shell) -> Path:
 
 
 def expected_files(root: Path) -> set[str]:
-    """What the wheel holds: every module of the four packages and py.typed. (And, where a compiler was, the library.)"""
-    files = {f"groundplan/{path.name}" for path in (root / "groundplan").glob("*.py")} | {"groundplan/py.typed"}
+    """What the wheel holds: every module and data file of the four packages. (And, where a compiler was, the library.)"""
+    files = {f"groundplan/{path.name}" for end in ("py", "css", "js") for path in (root / "groundplan").glob(f"*.{end}")}
+    files.add("groundplan/py.typed")
     for stage in STAGES:
-        files |= {f"groundplan/{stage}/{path.name}" for path in (root / stage).glob("*.py")}
+        files |= {f"groundplan/{stage}/{path.name}" for end in ("py", "toml") for path in (root / stage).glob(f"*.{end}")}
     return files
 
 

@@ -26,8 +26,10 @@ from . import lightning
 from .adapters import deepspeed_zero3, param_init_fn
 from .explain import Explanation
 from .plan import Plan, materialize, trace
+from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
 from .planner.memory import Memory
+from .planner.verdict import Verdict
 from .planner.workload import Training
 from .report import Report
 from .tracer.errors import (
@@ -57,7 +59,9 @@ __all__ = [
     "ParamGraph",
     "Decisions",
     "Training",
+    "Cluster",
     "Memory",
+    "Verdict",
     "Report",
     "Explanation",
     "GroundplanError",

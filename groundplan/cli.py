@@ -15,7 +15,6 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,7 @@ from rich.markup import escape
 import groundplan as gp
 
 from .doctor import examine
+from .planner.cluster import cluster_of
 from .planner.memory import human_bytes
 from .planner.workload import COPIES
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
@@ -89,17 +89,37 @@ def report(
         str | None,
         typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(COPIES)}."),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLUSTER",
+            help="Say whether it fits: 8xH100-80GB, 1x24GB+64GB-cpu, ... or a .json file. Moves to cuda, if it has devices.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as one page for a browser, too; the page loads nothing.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
     workload = gp.Training(optimizer=train) if train else None
+    machine = cluster_of(cluster) if cluster is not None else None
+    device = "cuda" if device is None and machine is not None and machine.devices else device
     with _session(spec, kwargs) as parsed:
-        plan = _plan(parsed, dtype, device)
-        found = replace(plan.report(), memory=plan.memory(workload))
+        found = _plan(parsed, dtype, device).report(workload, machine)
+    if html is not None:
+        _write_page(found, html)
     if as_json:
         _print_json({"spec": parsed.name, **found.to_json(), "memory": found.memory.to_json()})
     else:
         typer.echo(str(found))
+
+
+def _write_page(found: gp.Report, path: Path) -> None:
+    try:
+        found.to_html(path)
+    except OSError as error:
+        raise _FileError(f"the page cannot be written: {error}") from error
 
 
 @app.command()
@@ -239,6 +259,10 @@ def _dtype(name: str) -> torch.dtype:
 
 def _print_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+class _FileError(GroundplanError):
+    """A file that a command was to write cannot be written."""
 
 
 class _ConstructorError(GroundplanError):

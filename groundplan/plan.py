@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from .explain import Explanation, explain
 from .planner.check import check_decisions
+from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
 from .planner.memory import Memory, memory
 from .planner.placing import placing
@@ -120,14 +121,19 @@ class Plan:
         """What the constructor creates; raises `PlanFileError` for a loaded plan that is not bound."""
         return self._bound.graph
 
-    def report(self) -> Report:
+    def report(self, workload: Training | None = None, cluster: Cluster | str | None = None) -> Report:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
+
+        With a `workload` the memory is that of training, with a `cluster` it says as well whether that fits (`Memory.fits`).
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
         ...
+        >>> trace(torch.nn.Linear, 3, 4).report(cluster="64GB-cpu").verdict.verdict
+        'fits'
         """
-        return Report(self.graph, self.decisions, self.memory())
+        found = self.memory(workload)
+        return Report(self.graph, self.decisions, found, None if cluster is None else found.fits(cluster))
 
     def explain(self, name: str | None = None) -> Explanation:
         """One tensor's recipe with its source lines; without a name, every decision with its reason.

@@ -20,10 +20,12 @@ from .layout import layout_line
 from .planner.decisions import Cast, Decisions, Move, final_device, final_dtype
 from .planner.memory import Memory
 from .planner.records import dtype_name
+from .planner.verdict import Verdict
 from .shown import Shown, bullets, heading, shortened, write_atomically
 from .tensor_table import SECTIONS, Row, tensor_table
 from .tracer.describe import describe_frame, describe_op, recipe_phrases
 from .tracer.graph import Frame, Op, ParamGraph, Storage, TensorNode
+from .treemap import Leaf
 from .units import format_bytes, format_count
 
 WAY_OUT = 'materialize() raises unless you pass uninitialized="zero" or uninitialized="empty"'
@@ -33,6 +35,7 @@ _SHOWN_DEAD = 6
 _SHOWN_LINES = 4
 _SHOWN_TIES = 12
 _SHOWN_UNINITIALIZED = 12
+_VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "bold red"}
 _STREAMS = {
     "cpu": "cpu: that of torch's CPU generator, on whatever device the tensors end up",
     "cuda": "cuda: that of torch's CUDA generator, drawn on the GPU",
@@ -60,6 +63,7 @@ class Report(Shown):
     graph: ParamGraph
     decisions: Decisions
     memory: Memory
+    verdict: Verdict | None = None
 
     # -- other forms ----------------------------------------------------------------------------------------------------
 
@@ -83,11 +87,22 @@ class Report(Shown):
             "uninitialized": [tensor.name for tensor in self.graph.uninitialized],
             "phases": dict(self.memory.phases),
             "peak": self.memory.peak,
+            "verdict": None if self.verdict is None else self.verdict.to_json(),
             "notes": list(self.notes),
         }
         if path is not None:
             write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         return data
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to `path` as one page for a browser that loads nothing; what was there stays until it is complete.
+
+        It shows what the text shows, with bars for the memory, a treemap of the parameters and tables that sort, and holds
+        `to_json()` as data.
+        """
+        from .page import page
+
+        write_atomically(path, page(self))
 
     def blocks(self, width: int) -> Iterator[RenderableType]:
         """What is shown, one below the other, none wider than `width` columns."""
@@ -99,6 +114,7 @@ class Report(Shown):
         yield from _dead(self, width)
         yield from _uninitialized(self.graph)
         yield from _memory(self.memory)
+        yield from _verdict(self.verdict)
         if self.notes:
             yield heading("notes")
             yield from bullets(self.notes, style="dim")
@@ -120,6 +136,15 @@ class Report(Shown):
     def _ends(self) -> tuple[_End, ...]:
         storages = {storage.index: storage for storage in self.graph.storages}
         return tuple(_end(tensor, storages[tensor.view.storage], self.decisions) for tensor in self.graph.tensors)
+
+    @property
+    def parameter_leaves(self) -> Iterator[Leaf]:
+        """The parameters with their final bytes and the class of the module that holds them."""
+        types = {name: module.type.rpartition(".")[2] for module in self.graph.modules for name in module.names}
+        for tensor, dtype, _, held in self._ends:
+            if tensor.kind == "parameter":
+                owner = tensor.name.rpartition(".")[0]
+                yield Leaf(tensor.name, held * dtype.itemsize, types.get(owner, "parameter"))
 
     @cached_property
     def sizes(self) -> tuple[Mapping[torch.dtype, int], Mapping[torch.dtype, int]]:
@@ -257,12 +282,13 @@ def _header(report: Report) -> RenderableType:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for label, text in _header_lines(report):
+    for label, text in header_lines(report):
         grid.add_row(f"  {label}", Text(text))
     return grid
 
 
-def _header_lines(report: Report) -> Iterator[tuple[str, str]]:
+def header_lines(report: Report) -> Iterator[tuple[str, str]]:
+    """What stands above everything else, as (label, text)."""
     graph, (constructed, final) = report.graph, report.sizes
     yield "parameters", f"{_counted(graph.parameters)}, {_trainable_part(graph)}"
     if graph.buffers:
@@ -372,6 +398,13 @@ def _memory(memory: Memory) -> Iterator[RenderableType]:
     yield heading("memory")
     yield grid
     yield from bullets([peak_line(memory)], mark=" ")
+
+
+def _verdict(verdict: Verdict | None) -> Iterator[RenderableType]:
+    if verdict is not None:
+        yield heading(f"cluster {verdict.cluster}: {verdict.verdict}")
+        yield from bullets((room.describe() for room in verdict.rooms), style=_VERDICT_STYLES[verdict.verdict])
+        yield from bullets(verdict.notes, style="dim")
 
 
 def peak_line(memory: Memory) -> str:

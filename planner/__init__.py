@@ -7,23 +7,29 @@
 * `allocator`: what PyTorch's CUDA caching allocator reserves for a sequence of `allocator_events`, set by an `allocator_config`
   (its parts: `allocator_blocks`, `allocator_driver`, `allocator_expandable`; recorded histories: `allocator_snapshot`);
 * `reserved`: the same of `memory`'s phases; `overheads`: what a process holds of a GPU beside its tensors;
+* `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
+* `verdict`: whether they fit a cluster;
 * `records`: what all that is saved is made of.
 """
 
 from .check import check_decisions
+from .cluster import Cluster
 from .decisions import Cast, Decisions, Move, Rule, default_decisions
 from .memory import Binding, Memory
 from .plan_file import load_decisions, save_decisions
+from .verdict import Verdict
 from .workload import Training
 
 __all__ = [
     "Binding",
     "Cast",
+    "Cluster",
     "Decisions",
     "Memory",
     "Move",
     "Rule",
     "Training",
+    "Verdict",
     "check_decisions",
     "default_decisions",
     "load_decisions",

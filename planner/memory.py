@@ -15,9 +15,11 @@ import torch
 from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
+from .cluster import Cluster, cluster_of
 from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
 from .quantizing import Quantizing
 from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
+from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
 
 WAITING_BYTES = 2**20
@@ -58,7 +60,8 @@ class Memory:
     * `checkpoint`: saving.
 
     The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
-    the worst one, rank 0; `rank(i)` gives that of any.
+    the worst one, rank 0; `rank(i)` gives that of any. `left_out` is what takes memory in some phase and is not counted;
+    `communicators` is how many groups of ranks talk to each other.
     """
 
     by_device: Mapping[str, Mapping[str, int]]
@@ -66,6 +69,8 @@ class Memory:
     notes: tuple[str, ...]
     ranks: int = 1
     of_rank: Callable[[int], Memory] | None = field(default=None, repr=False, compare=False)
+    left_out: tuple[str, ...] = ()
+    communicators: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
@@ -82,6 +87,20 @@ class Memory:
         check_rank(index, self.ranks)
         return self if self.of_rank is None else self.of_rank(index)
 
+    def fits(self, cluster: Cluster | str, margin: float | None = None) -> Verdict:
+        """Whether this fits a cluster, a `gp.Cluster` or a string such as `"8xH100-80GB"`: "fits", "tight" or "does not fit".
+
+        Besides the tensors there are the CUDA context, workspaces and communicators, which the verdict names, and `margin`, a
+        share of all that (0.2 if None). "fits" leaves the margin free; "tight" has room for what is needed, but not for the
+        margin, or the prediction leaves something out. As a condition, the verdict is true for "fits" only. Raises
+        `DecisionError` where the cluster cannot be, or has fewer devices than the plan uses.
+
+        >>> memory = Memory({"load": {"cuda:0": 16 * 10**9}}, Binding("load", "cuda:0", 16 * 10**9, ()), ())
+        >>> memory.fits("24GB").verdict, memory.fits("20GB").verdict, memory.fits("16GB").verdict
+        ('fits', 'tight', 'does not fit')
+        """
+        return verdict(self, cluster_of(cluster), MARGIN if margin is None else margin)
+
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data; all sizes in bytes."""
         binding = self.binding
@@ -95,6 +114,7 @@ class Memory:
                 "bytes": binding.bytes,
                 "tensors": [{"name": name, "bytes": nbytes} for name, nbytes in binding.tensors],
             },
+            "left_out": list(self.left_out),
             "notes": list(self.notes),
         }
 
@@ -146,7 +166,8 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
         return _of_rank(graph, decisions, workload, 0)
     timelines = timelines_of(graph, decisions, workload)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)))
+    left_out = () if workload is None else ("activations",)
+    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)), left_out=left_out)
 
 
 def timelines_of(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int = 0) -> dict[str, list[Change]]:
@@ -174,7 +195,15 @@ def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None,
         tuple(_rank_notes(decisions, workload)),
         1 if decisions.sharding is None else decisions.sharding.ranks,
         lambda index: _of_rank(graph, decisions, workload, index),
+        () if workload is None else ("activations", "gathered units", "communication buffers"),
+        _communicators(decisions),
     )
+
+
+def _communicators(decisions: Decisions) -> int:
+    """One for each axis along which there are several ranks, and one for all ranks together where that is another group."""
+    axes = [] if decisions.sharding is None else [axis for axis in decisions.sharding.axes if axis.size > 1]
+    return len(axes) + (len(axes) > 1)
 
 
 def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: _Walk) -> dict[str, list[Change]]:

@@ -160,6 +160,32 @@ def test_report_with_a_cast_and_a_move(groundplan: Runner) -> None:
     assert {tensor["device"] for tensor in found["tensors"]} == {"cuda"}
 
 
+def test_report_says_whether_it_fits(groundplan: Runner, tmp_path: Path) -> None:
+    found = groundplan("report", "cli_zoo:Net", "--cluster", "8xH100", "--json").json["verdict"]
+    assert (found["verdict"], found["cluster"], found["binding"]["place"]) == ("fits", "8xH100-80GB", "cuda:0 on H100-80GB")
+    shown = groundplan("report", "cli_zoo:Net", "--cluster", "8xH100").out
+    assert "cluster 8xH100-80GB: fits" in shown and max(map(len, shown.splitlines())) <= 100
+    on_host = groundplan("report", "cli_zoo:Net", "--device", "cpu", "--cluster", "24GB+64GB-cpu", "--json").json["verdict"]
+    assert [room["place"] for room in on_host["rooms"]] == ["host memory of a node, 1 process"]
+    (tmp_path / "cluster.json").write_text('{"devices": ["24GB"]}')
+    assert groundplan("report", "cli_zoo:Net", "--cluster", "cluster.json", "--json").json["verdict"]["cluster"] == "24GB"
+    assert groundplan("report", "cli_zoo:Net", "--json").json["verdict"] is None
+
+
+def test_report_as_a_page(groundplan: Runner) -> None:
+    result = groundplan("report", "cli_zoo:Net", "--train", "adamw", "--html", "out.html", "--json")
+    page = (groundplan.folder / "out.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and f'data-value="{result.json["peak"]}"' in page
+    failed = groundplan("report", "cli_zoo:Net", "--html", "no/such/folder.html")
+    assert failed.code == 1 and "the page cannot be written" in failed.err and "Traceback" not in failed.err
+
+
+def test_a_cluster_that_cannot_be(groundplan: Runner) -> None:
+    result = groundplan("report", "cli_zoo:Net", "--cluster", "8xH10O-80GB")
+    assert (result.code, result.out) == (1, "")
+    assert "'8xH10O-80GB'" in result.err and "did you mean H100-80GB" in result.err
+
+
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-405b", "deepseek-v3", "vit-base-patch16-224"])
 def test_report_of_a_published_model(groundplan: Runner, name: str) -> None:
     pytest.importorskip("transformers")

@@ -125,7 +125,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
     code = [block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS) for block in blocks]
-    assert len(code) == 4
+    assert len(code) == 5
     for each in code:
         exec(each, names)
         torch.manual_seed(0)
@@ -178,15 +178,16 @@ def llama() -> nn.Module:
     return module
 
 
-def test_the_readmes_commands_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"^\$ groundplan (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["report", "report", "explain", "materialize", "doctor"]
-    for line in (*lines[1:3], lines[4]):  # the first is the user's own model, the fourth writes gigabytes
+    assert [line.split()[0] for line in lines] == ["report", "report", "report", "explain", "materialize", "doctor"]
+    for line in (*lines[1:4], lines[5]):  # the first is the user's own model, the fifth writes gigabytes
         with pytest.raises(SystemExit) as ended:
-            cli.main(shlex.split(line))
+            cli.main(shlex.split(line.replace("report.html", str(tmp_path / "report.html"))))
         assert not ended.value.code, capsys.readouterr().err
+    assert (tmp_path / "report.html").exists()
 
 
 def test_the_readmes_files_are_there() -> None:

@@ -67,6 +67,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(dev: ModuleType, wheel: Path)
     assert dev.wheel_problems(ROOT, wheel) == []
     names = zipfile.ZipFile(wheel).namelist()
     assert {"groundplan/py.typed", "groundplan/cli.py", "groundplan/tracer/graph.py"} <= set(names)
+    assert {"groundplan/planner/devices.toml", "groundplan/page.css", "groundplan/page.js"} <= set(names)
     if shutil.which("gcc") and sys.platform == "linux":
         assert sum(map(dev.is_library, names)) == 1
     assert not [name for name in names if name.startswith(("tests", "examples", "tracer", "dev"))]

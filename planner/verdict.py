@@ -1,0 +1,275 @@
+"""Whether a plan fits a cluster: tensors, what CUDA and the libraries take besides, and a margin, against usable bytes.
+
+A wrong "fits" is the worst error. What comes on top of tensors is therefore taken at the upper end of what has been reported, a
+margin covers what the closed form cannot know, and where the prediction leaves something out, "fits" is never said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..tracer.errors import DecisionError
+from .cluster import Cluster
+from .rank_memory import HOST
+
+if TYPE_CHECKING:
+    from .memory import Memory
+
+Word = Literal["fits", "tight", "does not fit"]
+
+MARGIN = 0.2
+"""The share of everything that is added where nothing has been measured: fragmentation, rounding, temporaries inside ops."""
+
+CONTEXT_BYTES = 10**9
+"""A CUDA context with the kernels loaded into it, per process and device.
+
+426 MiB with no kernel loaded (RTX 6000 Ada, torch 2.10, https://github.com/unslothai/unsloth-zoo/pull/1053); more than 1000 MB
+with all of them, which lazy loading comes to at most (https://github.com/pytorch/pytorch/issues/107667).
+"""
+
+WORKSPACE_BYTES = 2**27
+"""cuBLAS and cuBLASLt workspaces of two threads, forward's and backward's: 2 x (32 MiB + 32 MiB), which Hopper takes.
+
+https://docs.nvidia.com/cuda/cublas/#cublassetworkspace recommends 32 MiB there and 4 MiB elsewhere; torch allocates one for each
+handle and stream (aten/src/ATen/cuda/CublasHandlePool.cpp), and the same for cuBLASLt
+(https://github.com/pytorch/pytorch/pull/120925).
+"""
+
+COMMUNICATOR_BYTES = 1_600_000_000
+"""NCCL's buffers, per communicator: the larger of two reports.
+
+688 MB on four A100 with NVLink (https://github.com/NVIDIA/nccl/issues/964); 1.6 GB for one, about 6 GB for three or more
+(https://github.com/NVIDIA/nccl/issues/864).
+"""
+
+PROCESS_BYTES = 500_000_000
+"""Host memory of a process without tensors: 255 MB after `import groundplan` (measured, torch 2.13 for the CPU), doubled."""
+
+CUDA_PROCESS_BYTES = 2_000_000_000
+"""The same of one that uses CUDA: 1,904,088 kB resident at most (https://github.com/pytorch/pytorch/issues/12873)."""
+
+_ORDER: tuple[Word, ...] = ("fits", "tight", "does not fit")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """One place, a device of a rank or the host memory of a node: what is needed there and what it has; all sizes are bytes.
+
+    `tensors` is the peak of `phase`; `added` is what comes on top of it, by name; `margin` is kept free besides for "fits".
+    """
+
+    place: str
+    phase: str
+    tensors: int
+    added: Mapping[str, int]
+    margin: int
+    usable: int
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> int:
+        """Bytes that are needed, without the margin."""
+        return self.tensors + sum(self.added.values())
+
+    @property
+    def left(self) -> int:
+        """Bytes that stay free, without the margin; negative where they are missing."""
+        return self.usable - self.needed
+
+    @property
+    def percent(self) -> float:
+        """The same in percent of what is usable."""
+        return 100 * self.left / self.usable
+
+    @property
+    def verdict(self) -> Word:
+        """The word for this place; "tight" also where the margin is free, but something is left out of the prediction."""
+        if self.left < 0:
+            return "does not fit"
+        return "fits" if self.left >= self.margin and not self.left_out else "tight"
+
+    def describe(self) -> str:
+        """All that in one line."""
+        from .memory import human_bytes
+
+        added = "".join(f", {name} {human_bytes(nbytes)}" for name, nbytes in self.added.items())
+        left = f"{human_bytes(self.left)} left" if self.left >= 0 else f"{human_bytes(-self.left)} missing"
+        of = f"{human_bytes(self.needed)} of {human_bytes(self.usable)}"
+        parts = f"{human_bytes(self.tensors)} in {self.phase}{added}"
+        return f"{self.place}: {self.verdict}, {of} ({parts}); {left}, {self.percent:.1f} %"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            "place": self.place,
+            "verdict": self.verdict,
+            "phase": self.phase,
+            "tensors": self.tensors,
+            "added": dict(self.added),
+            "needed": self.needed,
+            "margin": self.margin,
+            "usable": self.usable,
+            "left": self.left,
+            "percent": round(self.percent, 2),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a plan fits a cluster: `rooms` for every place that was looked at, `binding` the one with least to spare.
+
+    True, as a condition, only where `verdict` is "fits".
+    """
+
+    cluster: Cluster
+    rooms: tuple[Room, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Word:
+        """The worst of all places: "fits", "tight" or "does not fit"."""
+        return max((room.verdict for room in self.rooms), key=_ORDER.index)
+
+    @property
+    def binding(self) -> Room:
+        """The place with the worst verdict, and of those the one with the smallest share left."""
+        return max(self.rooms, key=lambda room: (_ORDER.index(room.verdict), -room.percent))
+
+    def __bool__(self) -> bool:
+        return self.verdict == "fits"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON data; all sizes in bytes."""
+        return {
+            "cluster": str(self.cluster),
+            "verdict": self.verdict,
+            "binding": self.binding.to_json(),
+            "rooms": [room.to_json() for room in self.rooms],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.verdict}: {self.cluster}"]
+        lines += [f"  {room.describe()}" for room in self.rooms]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def verdict(memory: Memory, cluster: Cluster, margin: float = MARGIN) -> Verdict:
+    """Whether what `memory` predicts fits `cluster`, with `margin` as a share of what is needed.
+
+    Rank i has the i-th device, nodes being filled one after the other; of a plan for one process, `cuda:i` is the i-th device of
+    the first node. Where the devices of a node are alike only rank 0, the one that holds most, is looked at. Raises
+    `DecisionError` where the plan needs more devices than there are, or others.
+    """
+    if not isinstance(margin, int | float) or isinstance(margin, bool) or not 0 <= margin < 10:
+        raise DecisionError(f"margin is {margin!r}; it is a share of the bytes needed, such as 0.2")
+    if memory.ranks > cluster.ranks:
+        raise DecisionError(f"the plan has {memory.ranks} ranks, and {cluster} has room for {cluster.ranks}, one for each device")
+    ranks = range(memory.ranks if cluster.is_mixed else 1)
+    found = [memory.rank(rank) for rank in ranks] if memory.ranks > 1 else [memory]
+    rooms = [room for rank, each in enumerate(found) for room in _device_rooms(each, rank, memory, cluster, margin)]
+    rooms += _host_rooms(found, memory, cluster, margin)
+    if not rooms:
+        raise DecisionError(
+            f"the plan puts everything on the CPU, and {cluster} does not say how much host memory there is; move the plan with "
+            f'plan.to("cuda"), or say the memory of a node: "{cluster}+64GB-cpu"'
+        )
+    return Verdict(cluster, tuple(rooms), tuple(_notes(memory, cluster, margin)))
+
+
+# -- devices ------------------------------------------------------------------------------------------------------------
+
+
+def _device_rooms(found: Memory, rank: int, whole: Memory, cluster: Cluster, margin: float) -> Iterator[Room]:
+    for device, (phase, nbytes) in _peaks(found).items():
+        if device != HOST:
+            index = rank % max(len(cluster.devices), 1) if whole.ranks > 1 else _index(device)
+            if index >= len(cluster.devices):
+                raise DecisionError(f"the plan puts tensors on {device}, and a node of {cluster} has {_devices(cluster)}")
+            kind, added = cluster.devices[index], _on_top(whole)
+            place = f"{f'rank {rank}' if whole.ranks > 1 else device} on {kind.name}"
+            yield _room(place, phase, nbytes, added, kind.memory, margin, whole.left_out)
+
+
+def _on_top(memory: Memory) -> dict[str, int]:
+    """What a device holds besides tensors, by name."""
+    added = {"CUDA context": CONTEXT_BYTES, "workspaces": WORKSPACE_BYTES}
+    return added | ({"communicators": memory.communicators * COMMUNICATOR_BYTES} if memory.communicators else {})
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _devices(cluster: Cluster) -> str:
+    count = len(cluster.devices)
+    return f"{count} device{'s' * (count != 1)}" if count else "none"
+
+
+# -- hosts --------------------------------------------------------------------------------------------------------------
+
+
+def _host_rooms(found: Sequence[Memory], whole: Memory, cluster: Cluster, margin: float) -> Iterator[Room]:
+    """The host memory of the node whose ranks, which share it, need most."""
+    if cluster.host_memory is None:
+        return
+    ranks = min(whole.ranks, max(len(cluster.devices), 1))
+    nodes = [found[first : first + ranks] for first in range(0, len(found), ranks)] if cluster.is_mixed else [[found[0]] * ranks]
+    peaks = max(([_host_peak(each) for each in node] for node in nodes), key=lambda node: sum(nbytes for _, nbytes in node))
+    on_devices = any(_uses_devices(each) for each in found)
+    process = CUDA_PROCESS_BYTES if on_devices else PROCESS_BYTES
+    yield _room(
+        f"host memory of a node, {ranks} process{'es' * (ranks != 1)}",
+        max(peaks, key=lambda peak: peak[1])[0],
+        sum(nbytes for _, nbytes in peaks),
+        {"processes": ranks * process},
+        cluster.host_memory,
+        margin,
+        () if on_devices else whole.left_out,
+    )
+
+
+def _host_peak(memory: Memory) -> tuple[str, int]:
+    return _peaks(memory).get(HOST, (memory.binding.phase, 0))
+
+
+def _uses_devices(memory: Memory) -> bool:
+    return any(device != HOST for device in _peaks(memory))
+
+
+# -- both ---------------------------------------------------------------------------------------------------------------
+
+
+def _peaks(memory: Memory) -> dict[str, tuple[str, int]]:
+    """For each device, the phase that takes most of it and its bytes."""
+    found: dict[str, tuple[str, int]] = {}
+    for phase, devices in memory.by_device.items():
+        for device, nbytes in devices.items():
+            if device not in found or nbytes > found[device][1]:
+                found[device] = (phase, nbytes)
+    return found
+
+
+def _room(
+    place: str, phase: str, tensors: int, added: Mapping[str, int], usable: int, margin: float, left_out: tuple[str, ...]
+) -> Room:
+    needed = tensors + sum(added.values())
+    return Room(place, phase, tensors, added, -int(-needed * margin // 1), usable, left_out)
+
+
+def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
+    yield f'"fits" keeps {margin:.0%} of what is needed free besides; "tight" does not'
+    if "step" not in memory.by_device:
+        phases = ", ".join(memory.by_device)
+        yield f"without a workload only {phases} are looked at: running the model, its inputs and activations come on top"
+    if memory.left_out:
+        yield f'{", ".join(memory.left_out)} are not counted, so that nothing better than "tight" can be said'
+    if memory.ranks > 1 and not cluster.is_mixed:
+        yield "the ranks have devices that are alike: rank 0, which holds most, speaks for all"
+    used = memory.ranks if memory.ranks > 1 else sum(device != HOST for device in _peaks(memory))
+    if cluster.devices and used < cluster.ranks:
+        yield f"the plan uses {used} of {cluster.ranks} devices"
+    if cluster.host_memory is None:
+        yield "the cluster does not say how much host memory there is, so that it was not looked at"
