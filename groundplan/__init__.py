@@ -36,6 +36,7 @@ from .tracer.errors import (
     GraphError,
     GroundplanError,
     MaterializeError,
+    MemoryRunError,
     PlanFileError,
     RanksError,
     SpecError,
@@ -70,5 +71,6 @@ __all__ = [
     "UninitializedError",
     "RanksError",
     "CheckpointError",
+    "MemoryRunError",
     "SpecError",
 ]
