@@ -487,6 +487,8 @@ def _run_notes(device: str, workload: Training) -> Iterator[str]:
         yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
     else:
         yield "workspaces of oneDNN are not included"
+    if workload.autocast is not None and device.startswith("cuda"):
+        yield "autocast converts what it does on the CPU"
     if workload.loss is None:
         yield "the loss is the output's own, or else the sum of the outputs"
 

@@ -6,6 +6,7 @@ kernel takes and gives back while it runs, and numbers that become tensors of th
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
@@ -21,8 +22,8 @@ from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
 from ..tracer.graph import Frame
 from .scratch import corrected, kept_number, scratch_bytes
 
-_TORCH = torch.__path__[0]
-_OURS = __file__.rpartition("/")[0]
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
 _ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
 
@@ -55,6 +56,7 @@ class Allocations(TorchDispatchMode):
         self._living: dict[int, int] = {}  # a storage's address to its piece's index
         self._places: dict[int, tuple[str, Frame | None]] = {}  # of a forward op, by its autograd node's sequence number
         self._numbers: dict[int, list[int]] = {}  # pieces that an autograd node keeps, by its sequence number
+        self._in_forward = False
         self._ran = _ACCUMULATE
         self._modules: list[str] = [""]
 
@@ -74,16 +76,6 @@ class Allocations(TorchDispatchMode):
         piece = self._pieces[index]
         if piece.kind in ("temporary", "activation"):
             piece.kind, piece.name, piece.on_host = kind, name, on_host
-
-    def saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The pack hook: what autograd keeps for the backward is an activation."""
-        storage = tensor.untyped_storage()
-        index = self._living.get(storage._cdata)
-        if index is None:
-            index = self._born(storage, "saved for backward", *self._place(None))
-        if self._pieces[index].kind == "temporary":
-            self._pieces[index].kind = "activation"
-        return tensor
 
     def made_outside(self, tensor: torch.Tensor, op: str) -> torch.Tensor:
         """A tensor that came about without an op and is kept for the backward."""
@@ -119,6 +111,7 @@ class Allocations(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
+        self._settle(node)
         out = corrected(func, args, func(*args, **(kwargs or {})), self._on_cpu)
         place = self._place(node)
         for each in _tensors(out):
@@ -128,6 +121,20 @@ class Allocations(TorchDispatchMode):
         if self._on_cpu:
             self._take_scratch(func, args, kwargs or {}, out, node, place)
         return out
+
+    def _settle(self, node: Any) -> None:
+        """What is there when a backward begins, or goes on after a checkpoint's second forward, was kept for it.
+
+        Hooks for saved tensors would say so at once, but what they are given refers to the node that keeps it: a graph that no
+        backward runs through would never go.
+        """
+        if torch.is_grad_enabled():
+            self._in_forward = True
+        elif node is not None and self._in_forward:
+            self._in_forward = False
+            for index in self._living.values():
+                if self._pieces[index].kind == "temporary":
+                    self._pieces[index].kind = "activation"
 
     def _take_scratch(self, func: Any, args: Any, kwargs: Any, out: Any, node: Any, place: tuple[str, Frame | None]) -> None:
         op = str(func.overloadpacket).removeprefix("aten.")
@@ -180,11 +187,13 @@ class Allocations(TorchDispatchMode):
 
 
 def _line(frame: Any) -> Frame | None:
-    """The innermost line that is neither torch's nor ours."""
+    """The innermost line that is not torch's; None where there is none below the step itself."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, _OURS, "<")):
-            return Frame(file.rpartition("/")[2], frame.f_lineno, frame.f_code.co_name)
+        if file.startswith(_OURS):
+            return None
+        if not file.startswith((_TORCH, "<")):
+            return Frame(os.path.basename(file), frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
     return None
 

@@ -11,7 +11,12 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.allocations import Timeline
@@ -63,7 +68,7 @@ def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _
             found.label(tensor, "input", name)
         handles = found.follow(module)
         try:
-            with found, torch.autograd.graph.saved_tensors_hooks(found.saved, lambda tensor: tensor):
+            with found:
                 run_training(module, faked, training, phase, optimizers.append)
         finally:
             for handle in handles:
@@ -119,14 +124,27 @@ def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.O
 
 @contextmanager
 def _values_looked_at() -> Iterator[None]:
-    """Say which op looks at values, and the way out."""
+    """Say which op looks at values, or cannot run without them, and the way out."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise MemoryRunError(
-            f"the training step looks at values ({error.func}), which a run without memory does not have; ask for "
-            'plan.memory(..., tier="T0"), which runs nothing, or give inputs and settings with which it does not'
-        ) from error
+        raise _needs_values(f"looks at values ({error.func})") from error
+    except UnsupportedOperatorException as error:
+        raise _needs_values(f"calls {error.func}, which says nothing about the shapes of its results (torch.library)") from error
+    except RuntimeError as error:
+        if not str(error).startswith(_NUMPY):
+            raise  # the module's own
+        raise _needs_values("looks at values (Tensor.numpy)") from error
+
+
+_NUMPY = ".numpy() is not supported for tensor subclasses"
+
+
+def _needs_values(what: str) -> MemoryRunError:
+    return MemoryRunError(
+        f"the training step {what}, and a run without memory has none; ask for "
+        'plan.memory(..., tier="T0"), which runs nothing, or give inputs and settings with which it does not'
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ def _numbers(func: Any, args: tuple[Any, ...]) -> int:
     largest = 0
     for position in _places_of_numbers(func):
         if position < len(args) and (nbytes := _number_bytes(args[position])):
-            other = next((each for each in args if isinstance(each, torch.Tensor)), None)
+            other = next((each for each in tree_leaves(args) if isinstance(each, torch.Tensor)), None)
             largest = max(largest, nbytes + _converted(args[position], other))
     return largest
 
@@ -61,14 +62,16 @@ def _numbers(func: Any, args: tuple[Any, ...]) -> int:
 @cache
 def _places_of_numbers(func: Any) -> tuple[int, ...]:
     """The positions of arguments that a number is made into a tensor for."""
-    arguments = func._schema.arguments
+    arguments, name = func._schema.arguments, func.overloadpacket.__name__
     found = [index for index, each in enumerate(arguments) if str(each.type) in ("Tensor", "Optional[Tensor]")]
-    if func._overloadname == "Scalar" and func.overloadpacket.__name__ in _SCALAR:
+    if func._overloadname in ("Scalar", "ScalarList") and name.removeprefix("_foreach_") in _SCALAR:
         found.append(1)
     return tuple(found)
 
 
 def _number_bytes(value: Any) -> int:
+    if isinstance(value, list):  # one of `_foreach_div_`'s at a time
+        return max(map(_number_bytes, value), default=0)
     if isinstance(value, bool):
         return 1
     return 8 if isinstance(value, int | float) else 16 if isinstance(value, complex) else 0
@@ -77,6 +80,7 @@ def _number_bytes(value: Any) -> int:
 def _converted(number: Any, other: torch.Tensor | None) -> int:
     if other is None:
         return 0
+    number = number[0] if isinstance(number, list) else number
     dtype = torch.result_type(other, number)
     own = torch.float64 if isinstance(number, float) else torch.bool if isinstance(number, bool) else torch.int64
     return 0 if dtype == own else dtype.itemsize
