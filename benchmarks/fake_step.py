@@ -3,22 +3,27 @@
 Real is `torch.profiler`: the running sum of its memory events over two steps of the same module, built for real on the CPU, with
 torch's own kernels (oneDNN off) on one thread. `off` is the largest difference of any phase in bytes, `table` the share of the
 step's peak that comes from the table of corrections (groundplan/runtime/scratch.py). The models are the small ones of the tests.
-Run from the repository's root, as a module: `python -m benchmarks.fake_step`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from tests.measured_steps import MODELS, SETTINGS, measured_peaks, plain_kernels
+from common import print_table
 
 import groundplan as gp
 from groundplan.planner.allocations import STEP, Timeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.measured_steps import MODELS, SETTINGS, measured_peaks, plain_kernels
 
 OPTIMIZERS = ("sgd", "adamw")
 _FROM_TABLE = ("'s scratch", "'s number")
@@ -56,11 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = [compared(*each) for each in ((m, s, o) for m in options.models for s in SETTINGS for o in OPTIMIZERS)]
-    titles = list(rows[0])
-    print(f"| {' | '.join(titles)} |")
-    print(f"| --- |{' ---: |' * (len(titles) - 1)}")
-    for row in rows:
-        print(f"| {' | '.join(str(value) for value in row.values())} |")
+    print_table(rows, markdown=True)
     equal = sum(row["off"] == 0 for row in rows)
     print(f"\n{equal} of {len(rows)} are equal in every phase, to the byte")
     print(json.dumps({"benchmark": "fake_step", "torch": torch.__version__, "rows": rows}))

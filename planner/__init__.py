@@ -4,6 +4,7 @@
 * `sharding` and `placing`: how a module is divided between ranks, or between one process's devices (`check_sharding`: its doors);
 * `quantizing`: which layers are quantized while they are built, and how;
 * `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`rank_memory`: of one rank);
+* `allocations`: what a training step allocates and releases, as a run of it without memory found;
 * `records`: what all that is saved is made of.
 """
 

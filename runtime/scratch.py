@@ -183,10 +183,14 @@ def _flash_attention(args: Any, out: Any) -> int:
 
 
 def _flash_attention_backward(args: Any, out: Any) -> int:
-    """Each thread's blocks of scores and their gradients: FlashAttentionKernel.cpp `cpu_flash_attention_backward`."""
+    """Each thread's blocks of scores and their gradients, and the output's gradient where it is laid out otherwise.
+
+    FlashAttentionKernel.cpp `cpu_flash_attention_backward`.
+    """
     rows, columns = _flash_block(args[1], args[2])
     reduced = 2 * rows * columns * 2 if args[1].dtype in _HALVES else 0
-    return torch.get_num_threads() * ((2 * rows * columns + rows) * _accumulated(args[1]) + reduced)
+    copied = 0 if args[0].transpose(1, 2).is_contiguous() else _bytes(args[0])
+    return torch.get_num_threads() * ((2 * rows * columns + rows) * _accumulated(args[1]) + reduced) + copied
 
 
 def _flash_block(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
