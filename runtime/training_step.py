@@ -100,13 +100,22 @@ def checkpoint_layers(module: Any) -> None:
     `nn.Sequential` go through `torch.utils.checkpoint`. Raises `DecisionError` where nothing repeats.
     """
     if getattr(module, "supports_gradient_checkpointing", False):
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_transformers(module)
         return
     layers = list(_repeated(module))
     if not layers:
         raise DecisionError('checkpointing="full" goes by layers that repeat, and the module has none: say checkpointing="none"')
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def _checkpoint_transformers(module: Any) -> None:
+    """Under the new name where transformers has one (5.24; the old one goes in 6)."""
+    options = {"use_reentrant": False}
+    if hasattr(module, "activation_checkpointing_enable"):
+        module.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
