@@ -24,6 +24,12 @@ class Tagger(nn.Module):
         self.head.weight = self.embed.weight
         self.register_buffer("decay", torch.pow(2.0, -torch.arange(8.0)), persistent=False)
 
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        value = self.embed(tokens) + self.positions[:, : tokens.shape[1]]
+        for block in self.blocks:
+            value = value + block(value)
+        return torch.as_tensor(self.head(value))
+
 
 def show() -> dict[str, str]:
     """What the README quotes, by the name of its block."""
@@ -35,6 +41,7 @@ def show() -> dict[str, str]:
         "plan": str(decided.explain()),
         "report": str(decided.report()),
         "memory": str(decided.memory(gp.Training(optimizer="adamw"))),
+        "step": str(decided.memory(gp.Training(optimizer="adamw", batch_size=8, seq_len=128), tier="T1")),
     }
 
 

@@ -38,6 +38,7 @@ from .tracer.errors import (
     GraphError,
     GroundplanError,
     MaterializeError,
+    MemoryRunError,
     PlanFileError,
     RanksError,
     SpecError,
@@ -74,5 +75,6 @@ __all__ = [
     "UninitializedError",
     "RanksError",
     "CheckpointError",
+    "MemoryRunError",
     "SpecError",
 ]

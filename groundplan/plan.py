@@ -17,7 +17,7 @@ from .explain import Explanation, explain
 from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
-from .planner.memory import Memory, memory
+from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
@@ -146,13 +146,30 @@ class Plan:
         """
         return explain(self.graph, self.decisions, name)
 
-    def memory(self, workload: Training | None = None) -> Memory:
+    def memory(self, workload: Training | None = None, *, tier: Literal["T0", "T1"] = "T0") -> Memory:
         """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
+
+        `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
+        plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU.
+        It is for plans of one device. `workload.inputs` are the inputs of that step, or are made from the module's signature.
+
+        Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, and `MemoryRunError` where the step looks
+        at values, such as `if x.max() > 1`.
 
         >>> trace(torch.nn.Linear, 3, 4).memory().phases
         {'construct': 64, 'load': 64, 'checkpoint': 64}
+        >>> trace(torch.nn.Linear, 3, 4).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
+        152
         """
-        return memory(self.graph, self.decisions, workload)
+        if tier == "T0":
+            return memory(self.graph, self.decisions, workload)
+        if tier != "T1":
+            raise DecisionError(f'tier={tier!r} is not known: say "T0" for the closed form, "T1" for a run on fake tensors')
+        if workload is None:
+            raise DecisionError('tier="T1" runs a training step; say which one: plan.memory(gp.Training(...), tier="T1")')
+        from .runtime.fake_step import fake_step
+
+        return memory_of_run(self.graph, self.decisions, workload, fake_step(self._bound, self.decisions, workload))
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 * `reserved`: the same of `memory`'s phases; `overheads`: what a process holds of a GPU beside its tensors;
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `verdict`: whether they fit a cluster;
+* `allocations`: what a training step allocates and releases, as a run of it without memory found;
 * `records`: what all that is saved is made of.
 """
 

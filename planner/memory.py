@@ -7,7 +7,7 @@ running sum, and the tensors that make the peak are those resident at that momen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
+from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .cluster import Cluster, cluster_of
 from .decisions import Cast, Decisions, Move, castable, final_device, final_dtype
 from .quantizing import Quantizing
@@ -39,7 +40,8 @@ class RankError(GroundplanError, IndexError):
 class Binding:
     """What makes the peak: the phase, the device, its bytes, and the largest tensors there as (name, bytes), largest first.
 
-    A tensor's bytes include what the phase holds because of it: its gradient, its optimizer state, the copy being converted.
+    A tensor's bytes include what the phase holds because of it: its gradient, its optimizer state, the copy being converted. In
+    tier T1 these have entries of their own, and an activation is named by its module, op and source line.
     """
 
     phase: str
@@ -62,6 +64,10 @@ class Memory:
     The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
     the worst one, rank 0; `rank(i)` gives that of any. `left_out` is what takes memory in some phase and is not counted;
     `communicators` is how many groups of ranks talk to each other.
+
+    `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
+    on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
+    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones.
     """
 
     by_device: Mapping[str, Mapping[str, int]]
@@ -71,6 +77,9 @@ class Memory:
     of_rank: Callable[[int], Memory] | None = field(default=None, repr=False, compare=False)
     left_out: tuple[str, ...] = ()
     communicators: int = 0
+    tier: str = "T0"
+    closed_form: Memory | None = field(default=None, repr=False)
+    run: Timeline | None = field(default=None, repr=False)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -104,7 +113,8 @@ class Memory:
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data; all sizes in bytes."""
         binding = self.binding
-        return {
+        found = {
+            "tier": self.tier,
             "phases": self.phases,
             "by_device": {phase: dict(devices) for phase, devices in self.by_device.items()},
             "peak": self.peak,
@@ -117,11 +127,19 @@ class Memory:
             "left_out": list(self.left_out),
             "notes": list(self.notes),
         }
+        if self.closed_form is not None:
+            found["closed_form"] = self.closed_form.to_json()
+        if self.run is not None and binding.phase in self.run.peaks:
+            found["at_peak"] = [each.to_json() for each in self.run.at_peak(_run_phase(self), binding.device)]
+        return found
 
     def __str__(self) -> str:
-        devices = sorted({device for found in self.by_device.values() for device in found})
-        rows = [["phase", *devices]]
-        rows += [[phase, *(human_bytes(found.get(device, 0)) for device in devices)] for phase, found in self.by_device.items()]
+        columns = [(device, device, self) for device in sorted({each for found in self.by_device.values() for each in found})]
+        if self.closed_form is not None:
+            columns += [(f"{device}, {self.closed_form.tier}", device, self.closed_form) for _, device, _ in columns]
+        rows = [["phase", *(title for title, _, _ in columns)]]
+        for phase in self.by_device:
+            rows.append([phase, *(human_bytes(of.by_device[phase].get(device, 0)) for _, device, of in columns)])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = [_aligned(row, widths) for row in rows]
         binding = self.binding
@@ -247,6 +265,50 @@ def _temporaries(gradients: Sequence[Change], workload: Training) -> list[Change
 
 def _memory_device(device: str) -> str:
     return "cuda:0" if device == "cuda" else device
+
+
+# -- tier T1 ------------------------------------------------------------------------------------------------------------
+
+
+def memory_of_run(graph: ParamGraph, decisions: Decisions, workload: Training, run: Timeline) -> Memory:
+    """The memory of training, with the phases of a step from a run of it, the others in closed form.
+
+    Raises what `memory` raises.
+    """
+    weights, closed = memory(graph, decisions), memory(graph, decisions, workload)
+    by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
+    by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
+    places = [(phase, device) for phase, devices in by_device.items() for device in devices]
+    phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
+    found = Memory(by_device, Binding(phase, device, by_device[phase][device], ()), tuple(_run_notes(device, workload)))
+    tensors = weights.binding.tensors
+    if phase in run.peaks:
+        tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
+    left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
+    binding = replace(found.binding, tensors=tensors)
+    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
+
+
+def _is_cuda(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def _largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
+    held: dict[str, int] = {}
+    for each in allocations:
+        held[each.describe()] = held.get(each.describe(), 0) + each.nbytes
+    return tuple(sorted(held.items(), key=lambda pair: (-pair[1], pair[0]))[:_SHOWN_TENSORS])
+
+
+def _worse(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {device: max(one.get(device, 0), other.get(device, 0)) for device in {**one, **other}}
+
+
+def _run_phase(memory: Memory, run: Timeline | None = None) -> str:
+    """The phase of the run that makes the peak: of the two in the optimizer the one that takes more."""
+    run, binding = run or memory.run, memory.binding
+    first = run is not None and run.peaks[FIRST_OPTIMIZER].get(binding.device, 0) == binding.bytes
+    return FIRST_OPTIMIZER if binding.phase == OPTIMIZER and first else binding.phase
 
 
 # -- peaks --------------------------------------------------------------------------------------------------------------
@@ -467,6 +529,19 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
         yield "training: activations and temporary workspaces are not included yet"
         yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
+
+
+def _run_notes(device: str, workload: Training) -> Iterator[str]:
+    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
+    yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
+    if device.startswith("cuda"):
+        yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
+    else:
+        yield "workspaces of oneDNN are not included"
+    if workload.autocast is not None and device.startswith("cuda"):
+        yield "autocast converts what it does on the CPU"
+    if workload.loss is None:
+        yield "the loss is the output's own, or else the sum of the outputs"
 
 
 def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:

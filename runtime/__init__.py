@@ -20,6 +20,11 @@ second, so it is imported when it is called:
 * `dispatch`: several devices in one process, by accelerate;
 * `quantize`: layers quantized as soon as they are filled, by torchao or bitsandbytes (`quantizers`: one layer).
 
+A training step without memory: `fake_step` is that verb, run when `plan.memory(..., tier="T1")` is asked for:
+
+* `fake_tensors`: a module of fake tensors; `example_inputs`: what it is given; `training_step`: the step, on any tensors;
+* `allocations`: what ops allocate and when it goes; `scratch`: the table of what kernels take besides.
+
 A checkpoint is a source of values. `checkpoint` opens one by its form (`safetensors_form`, `torch_form`, `dcp_form`; `files`):
 
 * `entries`: its tensors, any box of which is read into place; `hub`, `tiles`: those of a transformers model, converted;

@@ -203,3 +203,13 @@ def test_json_is_plain_data() -> None:
     found = memory({"cuda:0": 16 * GB}).fits("24GB").to_json()
     assert json.loads(json.dumps(found)) == found
     assert found["verdict"] == "fits" and found["binding"]["left"] == 24 * GB - 16 * GB - ON_TOP
+
+
+def test_a_step_that_was_run_counts_its_activations() -> None:
+    """On the CPU nothing is left out then; CUDA's kernels are not the ones that were run."""
+    plan, workload = gp.trace(torch.nn.Linear, 64, 64), gp.Training("sgd", batch_size=2)
+    assert plan.memory(workload).left_out == ("activations",)
+    assert plan.memory(workload, tier="T1").left_out == ()
+    assert plan.memory(workload, tier="T1").fits("64GB-cpu").verdict == "fits"
+    on_gpu = plan.to("cuda").memory(workload, tier="T1")
+    assert on_gpu.left_out == ("what CUDA's own kernels keep and need",) and on_gpu.fits("24GB").verdict == "tight"

@@ -10,6 +10,7 @@
         * `UninitializedError`: the constructor leaves tensors without values, and no source for them was given
         * `RanksError`: the processes that build together do not agree, or one of them failed
         * `CheckpointError`: a checkpoint that cannot be read or written, or that is not this module's
+    * `MemoryRunError`: a training step that cannot be run without memory
     * `SpecError`: a command-line SPEC that names no constructor
 
 Errors that the user's own constructor raises are never wrapped: they come out as eager raises them.
@@ -62,6 +63,10 @@ class RanksError(MaterializeError):
 
 class CheckpointError(MaterializeError):
     """A checkpoint that cannot be read or written, or is not this module's; the message names the file and the tensors."""
+
+
+class MemoryRunError(GroundplanError):
+    """A training step looks at values, which a run without memory does not have; the message names the op and the way out."""
 
 
 class SpecError(GroundplanError):

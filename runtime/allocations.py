@@ -1,0 +1,204 @@
+"""Follows every storage that ops create, from its birth to its end, and names where each comes from.
+
+A dispatch mode sees the ops of forward, backward and optimizer. What it does not see is written down in `scratch`: memory that a
+kernel takes and gives back while it runs, and numbers that become tensors of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
+from ..tracer.graph import Frame
+from .scratch import corrected, kept_number, scratch_bytes
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
+_ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """An allocation while its kind is not settled."""
+
+    nbytes: int
+    op: str
+    module: str
+    source: Frame | None
+    kind: Kind = "temporary"
+    name: str = ""
+    on_host: bool = False
+
+
+class Allocations(TorchDispatchMode):
+    """While it is active, writes down what ops allocate and when it goes.
+
+    `label` names tensors that it knows, `phase` opens a phase, and `timeline` gives all that was found.
+    """
+
+    def __init__(self, on_cpu: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._on_cpu = on_cpu  # whether the plan's device is the CPU, whose kernels' scratch is known
+        self._phase = START
+        self._pieces: list[_Piece] = []
+        self._moments: list[Moment] = []
+        self._living: dict[int, int] = {}  # a storage's address to its piece's index
+        self._places: dict[int, tuple[str, Frame | None]] = {}  # of a forward op, by its autograd node's sequence number
+        self._numbers: dict[int, list[int]] = {}  # pieces that an autograd node keeps, by its sequence number
+        self._in_forward = False
+        self._ran = _ACCUMULATE
+        self._modules: list[str] = [""]
+
+    # -- what the run tells it ------------------------------------------------------------------------------------------
+
+    def phase(self, name: str) -> None:
+        """From here on it is another phase."""
+        self._release_numbers(None)
+        self._phase = name
+
+    def label(self, tensor: torch.Tensor, kind: Kind, name: str, on_host: bool = False) -> None:
+        """Say what a tensor is; one that no op made is born now."""
+        storage = tensor.untyped_storage()
+        index = self._living.get(storage._cdata)
+        if index is None:
+            index = self._born(storage, "", "", None)
+        piece = self._pieces[index]
+        if piece.kind in ("temporary", "activation"):
+            piece.kind, piece.name, piece.on_host = kind, name, on_host
+
+    def made_outside(self, tensor: torch.Tensor, op: str) -> torch.Tensor:
+        """A tensor that came about without an op and is kept for the backward."""
+        self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))].kind = "activation"
+        return tensor
+
+    def follow(self, module: nn.Module) -> list[Any]:
+        """Know which submodule runs; gives the hooks' handles."""
+        handles: list[Any] = []
+
+        def left(*_: Any) -> None:  # what a forward hook returns would take the output's place
+            self._modules.pop()
+
+        for name, each in module.named_modules():
+            handles.append(each.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
+            handles.append(each.register_forward_hook(left, always_call=True))
+        return handles
+
+    def timeline(self, device: str, host: str) -> Timeline:
+        """All that was found, on `device`, but what was labeled as `on_host`."""
+        pieces = (
+            Allocation(each.kind, each.nbytes, host if each.on_host else device, each.name, each.module, each.op, each.source)
+            for each in self._pieces
+        )
+        return Timeline(tuple(pieces), tuple(self._moments))
+
+    # -- what ops tell it -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in ("prim", "profiler"):
+            return func(*args, **(kwargs or {}))
+        node = torch._C._current_autograd_node()
+        self._release_numbers(node)
+        self._settle(node)
+        out = corrected(func, args, func(*args, **(kwargs or {})), self._on_cpu)
+        place = self._place(node)
+        for each in _tensors(out):
+            storage = each.untyped_storage()
+            if storage._cdata not in self._living:
+                self._born(storage, str(func.overloadpacket).removeprefix("aten."), *place)
+        if self._on_cpu:
+            self._take_scratch(func, args, kwargs or {}, out, node, place)
+        return out
+
+    def _settle(self, node: Any) -> None:
+        """What is there when a backward begins, or goes on after a checkpoint's second forward, was kept for it.
+
+        Hooks for saved tensors would say so at once, but what they are given refers to the node that keeps it: a graph that no
+        backward runs through would never go.
+        """
+        if torch.is_grad_enabled():
+            self._in_forward = True
+        elif node is not None and self._in_forward:
+            self._in_forward = False
+            for index in self._living.values():
+                if self._pieces[index].kind == "temporary":
+                    self._pieces[index].kind = "activation"
+
+    def _take_scratch(self, func: Any, args: Any, kwargs: Any, out: Any, node: Any, place: tuple[str, Frame | None]) -> None:
+        op = str(func.overloadpacket).removeprefix("aten.")
+        kept = kept_number(func, args)
+        if kept:
+            number = _AGAIN if node is not None else torch._C._autograd._get_sequence_nr() - 1
+            self._numbers.setdefault(number, []).append(self._add(_Piece(kept, f"{op}'s number", *place, kind="activation")))
+        nbytes = scratch_bytes(func, args, out) - kept
+        if nbytes > 0:
+            self._gone(self._add(_Piece(nbytes, f"{op}'s scratch", *place)))
+
+    def _born(self, storage: torch.UntypedStorage, op: str, module: str, source: Frame | None) -> int:
+        index = self._add(_Piece(storage.nbytes(), op, module, source))
+        self._living[storage._cdata] = index
+        weakref.finalize(storage, self._ended, storage._cdata).atexit = False
+        return index
+
+    def _add(self, piece: _Piece) -> int:
+        self._pieces.append(piece)
+        self._moments.append(Moment(self._phase, len(self._pieces) - 1, True))
+        return len(self._pieces) - 1
+
+    def _ended(self, key: int) -> None:
+        self._gone(self._living.pop(key))
+
+    def _gone(self, index: int) -> None:
+        self._moments.append(Moment(self._phase, index, False))
+
+    def _release_numbers(self, node: Any) -> None:
+        """A node lets go of what it keeps as soon as it has run."""
+        current = _ACCUMULATE if node is None else node._sequence_nr()
+        if not torch.is_grad_enabled():  # a checkpoint's second forward is over: its graph is not needed any more
+            for index in self._numbers.pop(_AGAIN, ()):
+                self._gone(index)
+        if current != self._ran:
+            for index in self._numbers.pop(self._ran, ()):
+                self._gone(index)
+            self._ran = current
+
+    # -- where ----------------------------------------------------------------------------------------------------------
+
+    def _place(self, node: Any) -> tuple[str, Frame | None]:
+        """The module and the line of an op; of a backward op, those of the forward op whose node runs."""
+        if node is not None and (known := self._places.get(node._sequence_nr())) is not None:
+            return known
+        place = (self._modules[-1], _line(sys._getframe(2)))
+        if node is None:
+            self._places.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
+        return place
+
+
+def _line(frame: Any) -> Frame | None:
+    """The innermost line that is not torch's; None where there is none below the step itself."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OURS):
+            return None
+        if not file.startswith((_TORCH, "<")):
+            return Frame(os.path.basename(file), frame.f_lineno, frame.f_code.co_name)
+        frame = frame.f_back
+    return None
+
+
+def _tensors(out: Any) -> Iterable[torch.Tensor]:
+    if isinstance(out, torch.Tensor):
+        return (out,)
+    return [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)] if isinstance(out, tuple | list | dict) else ()

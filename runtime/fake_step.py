@@ -1,0 +1,183 @@
+"""A training step on fake tensors: what forward, backward and optimizer allocate, without allocating it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._pytree import tree_flatten_with_path
+
+from ..planner.allocations import Timeline
+from ..planner.decisions import Decisions, Move
+from ..planner.workload import Implementation, Training
+from ..tracer.errors import DecisionError, MemoryRunError
+from .allocations import Allocations
+from .build import Build
+from .example_inputs import example_inputs
+from .fake_tensors import fake_inputs, make_fake, tensors_of
+from .meta import forget, meta_module
+from .training_step import run_training
+
+_HOST = "cpu"
+
+
+def fake_step(build: Build, decisions: Decisions, training: Training) -> Timeline:
+    """The timeline of two training steps of the plan's module, in bytes on the plan's device.
+
+    The module's own code, autograd and the optimizer of torch.optim run, on fake tensors; random generators stay as they are.
+    Raises `DecisionError` for a plan that is not of one device, and for inputs that cannot be made; `MemoryRunError` where the
+    step looks at values, which fake tensors do not have.
+    """
+    device = _device_of(build, decisions)
+    module = meta_module(build, decisions)
+    if not isinstance(module, nn.Module):
+        raise DecisionError(f"the constructor returns a {type(module).__name__}, and a training step needs one nn.Module")
+    forget(module)
+    inputs = example_inputs(module, training)
+    return run_fake(module, inputs, _with_implementation(training, device), device)
+
+
+def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _HOST) -> Timeline:
+    """The same for a module of meta tensors, which it puts fake tensors into, and given inputs."""
+    found = Allocations(on_cpu=device == _HOST)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def phase(name: str) -> None:
+        _label_gradients(found, module)
+        found.phase(name)
+
+    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), mode:
+        make_fake(module, mode)
+        faked = fake_inputs(mode, inputs)
+        for kind, name, tensor in tensors_of(module):
+            found.label(tensor, kind, name)
+        for name, tensor in _named(faked):
+            found.label(tensor, "input", name)
+        handles = found.follow(module)
+        try:
+            with found:
+                run_training(module, faked, training, phase, optimizers.append)
+        finally:
+            for handle in handles:
+                handle.remove()
+        _label_state(found, module, optimizers[0], training.implementation == "fused")
+    return found.timeline(device, _HOST)
+
+
+def _device_of(build: Build, decisions: Decisions) -> str:
+    """The one device that the plan's tensors end up on."""
+    for name in ("sharding", "placing", "quantizing"):
+        if getattr(decisions, name):
+            done = {"sharding": "shards", "placing": "places tensors on several devices", "quantizing": "quantizes"}[name]
+            raise DecisionError(f'the plan {done}, and tier="T1" runs the step of one device; ask for tier="T0"')
+    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
+    device = moves[-1] if moves else build.graph.ambient.default_device
+    return "cuda:0" if device == "cuda" else device
+
+
+def _with_implementation(training: Training, device: str) -> Training:
+    """What torch takes on the plan's device, said in so many words, as the run is on the CPU."""
+    chosen: Implementation = "foreach" if device.startswith("cuda") else "for-loop"
+    return training if training.implementation is not None else replace(training, implementation=chosen)
+
+
+# -- what tensors are ---------------------------------------------------------------------------------------------------
+
+
+def _named(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among the inputs, as `input_ids` or `0`."""
+    for path, value in tree_flatten_with_path(inputs)[0]:
+        if isinstance(value, torch.Tensor):
+            yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), value
+
+
+def _label_gradients(found: Allocations, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            found.label(parameter.grad, "gradient", name)
+
+
+def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+    """Adam's step counts stay in host memory, unless its kernels are fused (torch/optim/adam.py `_init_group`)."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                found.label(value, "optimizer state", names[id(parameter)], on_host=key == "step" and not fused)
+
+
+# -- the surroundings of a run ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _values_looked_at() -> Iterator[None]:
+    """Say which op looks at values, or cannot run without them, and the way out."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise _needs_values(f"looks at values ({error.func})") from error
+    except UnsupportedOperatorException as error:
+        raise _needs_values(f"calls {error.func}, which says nothing about the shapes of its results (torch.library)") from error
+    except RuntimeError as error:
+        if not str(error).startswith(_NUMPY):
+            raise  # the module's own
+        raise _needs_values("looks at values (Tensor.numpy)") from error
+
+
+_NUMPY = ".numpy() is not supported for tensor subclasses"
+
+
+def _needs_values(what: str) -> MemoryRunError:
+    return MemoryRunError(
+        f"the training step {what}, and a run without memory has none; ask for "
+        'plan.memory(..., tier="T0"), which runs nothing, or give inputs and settings with which it does not'
+    )
+
+
+@contextmanager
+def _generators_kept(found: Allocations) -> Iterator[None]:
+    """Generators are as they were afterwards; their states that checkpoints keep are seen, which no op makes."""
+    get = torch.get_rng_state
+
+    def seen() -> torch.Tensor:
+        return found.made_outside(get(), "get_rng_state")
+
+    state = get()
+    try:
+        with mock.patch.object(torch, "get_rng_state", seen):
+            yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _sequences_not_packed() -> Iterator[None]:
+    """Have transformers take each row for one sequence, which it looks at positions for, and otherwise cannot know.
+
+    `transformers.masking_utils.find_packed_sequence_indices` gives None for rows that are one sequence each, but a mask under a
+    trace, for which attention takes another kernel.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    find = getattr(masking, "find_packed_sequence_indices", None)
+    if find is None:
+        yield
+        return
+
+    def not_packed(position_ids: torch.Tensor) -> None:
+        find(position_ids)
+
+    with mock.patch.object(masking, "find_packed_sequence_indices", not_packed):
+        yield
