@@ -34,7 +34,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = ROOT / "README.md"
 WRITTEN_WITH = {"torch": "2.13.0", "transformers": "5.24.0"}  # other versions print other lines
 ABORTED = "terminate called without an active exception"
-"""What a rank now and then dies of at its very end, all its work done; the cause is not known yet, so such a run is made again."""
+"""What a rank now and then dies of at its very end, all its work done; the cause is not known yet, so it is run again."""
 
 BLOCK = re.compile(r"<!-- block: (\w+) -->\n```\n(.*?)```\n", re.DOTALL)
 _SHOWN_LINES = 17  # of the graph's text
