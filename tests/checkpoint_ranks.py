@@ -7,10 +7,8 @@ ones. Each rank writes what it finds to `FOLDER/RANK.json`.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import random
-import subprocess
 import sys
 import time
 import traceback
@@ -30,8 +28,9 @@ from torch.distributed.fsdp import fully_shard
 
 import groundplan as gp
 
+from . import jobs
 from .checkpoint_files import FORMS, State, eager, is_drawn, one_file, other_state
-from .layouts import MODELS, ROOT, Model, both, differing, fsdp, left_on_meta, line, local, members, tensor_parallel
+from .layouts import MODELS, Model, both, differing, fsdp, left_on_meta, line, local, members, tensor_parallel
 
 Found = dict[str, Any]
 Shard = Callable[[nn.Module, Model], nn.Module]
@@ -47,13 +46,7 @@ LAYOUTS: dict[int, dict[str, Shard]] = {
 
 def launch(world: int, folder: Path, *what: str) -> list[Found]:
     """Run one job of so many processes, and return what each rank has found."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.checkpoint_ranks", str(folder), *what]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=400, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the job of {world} processes ended with {done.returncode}:\n{done.stderr[-8000:]}")
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    return jobs.launch("tests.checkpoint_ranks", folder, *what, world=world, seconds=400)
 
 
 @cache
@@ -225,9 +218,7 @@ def main(folder: str, *what: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
     found = {each: WHAT[each](Path(folder)) for each in what}
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import groundplan as gp
 
+from . import jobs
 from .law import content
 
 SEED = 3
@@ -197,9 +196,7 @@ def main(folder: str) -> None:
     for data, tensor in ((world, 1), (1, world)):
         for name in ON_TOP:
             found[f"{name}, {data}x{tensor}"] = checked_on_top(BUILDS[name], data, tensor)
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 if __name__ == "__main__":

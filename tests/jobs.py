@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -22,15 +23,32 @@ can_watch = os.access("/proc/self/clear_refs", os.W_OK)
 """Whether the peak of resident memory can be watched here."""
 
 
-def launch(module: str, folder: Path, *args: str, world: int = 2, **environment: str) -> list[Any]:
-    """Run `python -m module FOLDER ARGS` on `world` ranks; what each has written to `FOLDER/RANK.json`."""
+def launch(module: str, folder: Path, *args: str, world: int = 2, seconds: int = 300, **environment: str) -> list[Any]:
+    """Run `python -m module FOLDER ARGS` on `world` ranks; what each has written to `FOLDER/RANK.json`.
+
+    Raises `RuntimeError` with what a crash says.
+    """
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     command = [sys.executable, "-m", *torchrun, "-m", module, str(folder), *args]
     surroundings = os.environ | QUIET | GIVEN_BACK | environment
-    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode:
-        raise RuntimeError(f"the job ended with {done.returncode}:\n{done.stderr[-8000:]}")
+        raise RuntimeError(f"the job of {world} processes ended with {done.returncode}:\n{done.stderr[-8000:]}")
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+
+
+def finish(folder: str | Path, found: Any) -> NoReturn:
+    """Write down what this rank has found, and end it when all of them have.
+
+    Past Python's own end: a thread of gloo that drops a tensor while Python ends aborts the process
+    (`c10d::ProcessGroupGloo::runLoop`, where the last reference to a tensor's Python object asks for Python's lock).
+    """
+    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Deep(torch.nn.Module):

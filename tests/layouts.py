@@ -7,10 +7,7 @@ models and writes what it found to `FOLDER/RANK.json`.
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import re
-import subprocess
 import sys
 import traceback
 import warnings
@@ -45,7 +42,7 @@ from torch.nn.utils import parametrizations
 
 import groundplan as gp
 
-from . import zoo
+from . import jobs, zoo
 from .law import content, named_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -649,13 +646,7 @@ def compared_with_recipe(name: str) -> Found:
 
 def launch(world: int, folder: Path, *what: str) -> list[Found]:
     """Run one job of so many processes, and return what each rank has found; raises `RuntimeError` with what a crash says."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.layouts", str(folder), *what]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=900, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the job of {world} processes ended with {done.returncode}:\n{done.stderr[-8000:]}")
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    return jobs.launch("tests.layouts", folder, *what, world=world, seconds=900)
 
 
 def main(folder: str, *what: str) -> None:
@@ -668,9 +659,7 @@ def main(folder: str, *what: str) -> None:
         found["recipe"] = [compared_with_recipe(name) for name in MODELS]
     if "cases" in (what or ("cases",)):
         found["cases"] = [checked(*case) for case in cases(dist.get_world_size())]
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 if __name__ == "__main__":

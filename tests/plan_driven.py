@@ -7,9 +7,6 @@ a single device and with what the planner has said, and writes what it found to 
 from __future__ import annotations
 
 import datetime
-import json
-import os
-import subprocess
 import sys
 import traceback
 import warnings
@@ -27,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import groundplan as gp
 from groundplan.planner.rank_memory import rank_timelines
 
-from . import layouts
+from . import jobs, layouts
 from .layouts import Tensors, causal_loss, differing, left_on_meta, local, members, ties_of, transformer_loss
 
 SEED = 3
@@ -267,14 +264,7 @@ def _error(call: Callable[[], object]) -> str:
 
 def launch(world: int, folder: Path) -> list[Found]:
     """Run the job of so many processes, and return what each rank has found; raises `RuntimeError` with what a crash says."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.plan_driven", str(folder)]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    environment = os.environ | quiet
-    done = subprocess.run(command, cwd=layouts.ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the job of {world} processes ended with {done.returncode}:\n{done.stderr[-8000:]}")
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    return jobs.launch("tests.plan_driven", folder, world=world, seconds=600)
 
 
 def main(folder: str) -> None:
@@ -284,9 +274,7 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     found: Found = {"refused": refused()}
     found["cases"] = [checked(*case, Path(folder)) for case in cases(dist.get_world_size())]
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 if __name__ == "__main__":

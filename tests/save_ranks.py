@@ -6,7 +6,6 @@ Each rank writes what it finds to `FOLDER/RANK.json`.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import groundplan as gp
+
+from . import jobs
 
 SEED = 3
 
@@ -95,9 +96,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     plan = gp.trace(Model)
     found = saved(plan, folder) | {"loaded": loaded(plan, folder)}
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,9 +158,7 @@ def main(folder: str) -> None:
     found |= {f"Llama bf16 {stage}": checked("Llama", stage, torch.bfloat16) for stage in (2, 3)}
     found |= {"without seed": without_seed(), "failing": failing()}
     found["peak"] = peak() if jobs.can_watch else {}
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 # -- what the job has found ---------------------------------------------------------------------------------------------

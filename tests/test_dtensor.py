@@ -5,10 +5,6 @@ On one process here, and on two in one torchrun job (dtensor_worker.py), whose f
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import groundplan as gp
 
-from . import dtensor_worker
+from . import dtensor_worker, jobs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[1]
@@ -137,13 +133,7 @@ ON_TOP = [(name, sizes) for name in dtensor_worker.ON_TOP for sizes in ("2x1", "
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    folder = tmp_path_factory.mktemp("dtensor")
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.dtensor_worker", str(folder)]
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return jobs.launch("tests.dtensor_worker", tmp_path_factory.mktemp("dtensor"))
 
 
 @pytest.mark.parametrize("name", dtensor_worker.BUILDS)

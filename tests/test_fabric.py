@@ -5,17 +5,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +18,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import groundplan as gp
 
-from . import layouts
+from . import jobs, layouts
 
 pytest.importorskip("transformers")
 strategies: Any = pytest.importorskip("lightning_fabric.strategies")
@@ -86,22 +81,12 @@ def main(folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {name: checked(sizes) for name, sizes in SIZES.items()}
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("fabric")
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.test_fabric", str(folder)]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        command, cwd=layouts.ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return jobs.launch("tests.test_fabric", tmp_path_factory.mktemp("fabric"))
 
 
 @pytest.mark.parametrize("layout", SIZES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import sys
 import warnings
@@ -17,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed import fsdp
 
 import groundplan as gp
@@ -139,9 +137,7 @@ def main(folder: str, name: str, accelerator: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = JOBS[name](accelerator)
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,9 +130,7 @@ def main(folder: str) -> None:
     found |= {"ignoring": ignoring(), "without seed": without_seed()}
     found["disagreeing"] = [disagreeing(dist.get_rank()), disagreeing(None)]
     found["peak"] = peak() if jobs.can_watch else {}
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    jobs.finish(folder, found)
 
 
 # -- what the job has found ---------------------------------------------------------------------------------------------
