@@ -11,7 +11,8 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,10 +30,12 @@ from .inplace import fill_module
 from .job import Whereto
 from .materialize import restored_on_failure
 from .meta import meta_module
+from .new_files import NewFiles
 from .options import Options
 from .ranks import Ranks
 from .targets import Target
 
+_INDEX = "index.json"
 _WAY_OUT = "name a folder that does not exist yet, or is empty: offload_dir=PATH"
 
 
@@ -54,12 +57,11 @@ def materialize_placed(
     for device in dict.fromkeys(entries.values()):
         if device != DISK:
             check_device(device, "the plan", "place it elsewhere, or build on a machine that has it")
-    with restored_on_failure(), _Folder(offload_dir, DISK in entries.values()) as folder:
+    with restored_on_failure(), _offloaded(offload_dir, DISK in entries.values()) as folder:
         places = _Places(placing, folder)
         module: nn.Module = meta_module(build, decisions)
         fill_module(module, Ranks(), options, places)
-        folder.finish()
-        where = None if folder.path is None else str(folder.path)
+        where = None if folder is None else folder.finish()
         accelerate.dispatch_model(module, device_map=entries, main_device=placing.main, offload_dir=where)
     return module
 
@@ -75,7 +77,7 @@ def _accelerate() -> ModuleType:
 class _Places(Whereto):
     """The device of every tensor; the meta device stands for the disk."""
 
-    def __init__(self, placing: Placing, folder: _Folder) -> None:
+    def __init__(self, placing: Placing, folder: _Folder | None) -> None:
         self._placing, self._folder = placing, folder
 
     def device(self, target: Target) -> torch.device:
@@ -87,63 +89,49 @@ class _Places(Whereto):
 
     def leave(self, target: Target, value: torch.Tensor) -> None:
         """As `Whereto`: write it, under all of its names."""
+        assert self._folder is not None  # as something goes to disk
         self._folder.write(tuple(name for name in target.node.names if not name.endswith("]")), value)
 
 
 class _Folder:
-    """A folder for tensors in accelerate's form, one file each, and an index; gone again where the body fails."""
+    """Tensors in accelerate's form, one file each, and an index."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, needed: bool) -> None:
-        self.path = Path(path) if path is not None and needed else None
-        if needed and path is None:
-            raise MaterializeError(f"the plan puts tensors on disk; {_WAY_OUT}")
+    def __init__(self, files: NewFiles) -> None:
+        self._files = files
         self._index: dict[str, Any] = {}
-        self._made: list[Path] = []
-
-    def __enter__(self) -> _Folder:
-        if self.path is None:
-            return self
-        new = [each for each in (self.path, *self.path.parents) if not each.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise MaterializeError(f"{self.path} is not empty, and what is there would be lost; {_WAY_OUT}")
-            self._temporary = Path(tempfile.mkdtemp(prefix=".groundplan-", dir=self.path))
-        except OSError as error:
-            if new:
-                shutil.rmtree(new[-1], ignore_errors=True)
-            raise MaterializeError(f"cannot write to {self.path}: {error.strerror or error}; {_WAY_OUT}") from error
-        self._remove = new[-1:] or [self._temporary]
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None and self.path is not None:
-            for each in (*self._made, *self._remove):
-                shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink(missing_ok=True)
 
     def write(self, names: tuple[str, ...], value: torch.Tensor) -> None:
         """Write a tensor; its other names are links to the same file."""
         from accelerate.utils import offload_weight
 
-        try:
-            if value.nbytes > shutil.disk_usage(self._temporary).free:  # it writes mapped memory, where a full disk is a signal
+        folder = self._files.temporary
+        with self._files.writing(names[0]):
+            if value.nbytes > shutil.disk_usage(folder).free:  # it writes mapped memory, where a full disk is a signal
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            offload_weight(value.detach().cpu(), names[0], str(self._temporary), self._index)
+            offload_weight(value.detach().cpu(), names[0], str(folder), self._index)
             for name in names[1:]:
                 self._index[name] = self._index[names[0]]
-                (self._temporary / f"{name}.dat").hardlink_to(self._temporary / f"{names[0]}.dat")
-        except OSError as error:
-            raise MaterializeError(f"cannot write {names[0]} to {self.path}: {error.strerror or error}; {_WAY_OUT}") from error
+                (folder / f"{name}.dat").hardlink_to(folder / f"{names[0]}.dat")
 
-    def finish(self) -> None:
-        """Move the files to where they belong, the index last."""
-        if self.path is None:
-            return
-        try:
-            (self._temporary / "index.json").write_text(json.dumps(self._index, indent=2))
-            for file in sorted(self._temporary.iterdir(), key=lambda file: file.name == "index.json"):
-                self._made.append(self.path / file.name)
-                file.rename(self._made[-1])
-            self._temporary.rmdir()
-        except OSError as error:
-            raise MaterializeError(f"cannot write to {self.path}: {error.strerror or error}; {_WAY_OUT}") from error
+    def finish(self) -> str:
+        """Move the files to where they belong; where that is."""
+        with self._files.writing(_INDEX):
+            (self._files.temporary / _INDEX).write_text(json.dumps(self._index, indent=2))
+        self._files.finish()
+        return str(self._files.folder)
+
+
+@contextmanager
+def _offloaded(path: str | os.PathLike[str] | None, needed: bool) -> Iterator[_Folder | None]:
+    """The folder for what goes to disk, gone again where the body fails; None where nothing does."""
+    if not needed:
+        yield None
+        return
+    if path is None:
+        raise MaterializeError(f"the plan puts tensors on disk; {_WAY_OUT}")
+    with NewFiles(Path(path), _in_use, _INDEX, _WAY_OUT) as files:
+        yield _Folder(files)
+
+
+def _in_use(folder: Path) -> str | None:
+    return f"{folder} is not empty, and what is there would be lost" if any(folder.iterdir()) else None

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -25,7 +25,6 @@ _ROWS = 2**22  # bytes of such rows at a time
 _CONVERTED = 2**22  # bytes that are read, and then converted, at a time: they stay in the cache in between
 
 
-@runtime_checkable
 class Entry(Protocol):
     """One tensor of a checkpoint; `where` is its file, and `divisible` says that a part of it costs no more than its share."""
 

@@ -35,7 +35,7 @@ from .job import Job, Progress, Whereto
 from .keyed import KeyedReplay, Keys, drawn_seed
 from .loading import Loading, Read, all_members, members_of, opened, read_all
 from .materialize import restored_on_failure
-from .meta import Blueprint, check_not_quantized, meta_module
+from .meta import Blueprint, check_not_quantized, meta_likeness, meta_module
 from .options import Load, Options
 from .parallel import apply_sharding, check_mesh, group_of, mesh_of
 from .parts import PartialReplay, Wanted
@@ -143,10 +143,9 @@ def _opened(load: Load | None, blueprint: Blueprint, module: nn.Module, until: E
     """The checkpoint, open until the stack is left, or for as long as there are modules to fill one by one."""
     if load is None or (own is not None and own.loading is not None):
         return None if own is None else own.loading
-    uncast = blueprint.decisions.model_copy(update={"steps": ()})  # the blueprint's constructor casts already
     graph, kept = blueprint.build.graph, until if own is None else own.until
     members = members_of(module) if own is None else all_members(graph)
-    found = kept.enter_context(opened(load, graph, members, lambda: meta_module(blueprint.build, uncast)))
+    found = kept.enter_context(opened(load, graph, members, lambda: meta_likeness(blueprint.build, blueprint.decisions)))
     if own is not None:
         own.loading = found
     return found

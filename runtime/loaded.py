@@ -7,25 +7,23 @@ tensors (gradient hooks, a result with a `grad_fn`), only a real run of the cons
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..planner.check import check_decisions
 from ..planner.decisions import Decisions
 from ..tracer.collect import roots_of
-from ..tracer.graph import View
 from .boxes import whole_box
 from .build import Build
 from .check import check_uninitialized
+from .filler import alias_of
 from .inplace import fill_module
 from .job import Progress
 from .loading import Loading, Read, all_members, opened, read_all
 from .materialize import materialize, restored_on_failure
-from .meta import HookedError, forget, meta_module
-from .options import Load, Options
+from .meta import HookedError, forget, meta_likeness, meta_module
+from .options import Options
 from .ranks import Ranks
 from .workers import Workers
 
@@ -58,8 +56,9 @@ def _run_and_loaded(
     progress: Progress | None,
 ) -> Any:
     """The constructor is run for real, draws and all, and the checkpoint's values take the place of its own."""
-    with restored_on_failure(), _opened(options.load, build) as loading, Workers(options.threads) as workers:
-        assert loading is not None
+    assert options.load is not None
+    checkpoint = opened(options.load, build.graph, all_members(build.graph), lambda: meta_likeness(build, decisions))
+    with restored_on_failure(), checkpoint as loading, Workers(options.threads) as workers:
         check_uninitialized(build.graph, options.uninitialized, set(loading.matched.missing))
         loading.matched.log_missing(alone=True)
         kept = "empty" if options.uninitialized == "error" else options.uninitialized
@@ -70,19 +69,9 @@ def _run_and_loaded(
     return built
 
 
-def _opened(load: Load | None, build: Build) -> AbstractContextManager[Loading | None]:
-    return opened(load, build.graph, all_members(build.graph), build)
-
-
 def _reads(built: Any, loading: Loading) -> Iterator[Read]:
     for prefix, root in roots_of(built).items():
         for name, tensor in (*root.named_parameters(prefix), *root.named_buffers(prefix)):
             entry = loading.matched.entries.get(name)
             if entry is not None:
-                yield Read(entry, whole_box(entry.shape), _alias(tensor).view(entry.shape))
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor over the same elements, which autograd knows nothing of."""
-    view = View(0, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-    return view.over(tensor.untyped_storage())
+                yield Read(entry, whole_box(entry.shape), alias_of(tensor).view(entry.shape))

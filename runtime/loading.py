@@ -55,20 +55,15 @@ class Loading:
 
 
 @contextmanager
-def opened(
-    load: Load | None, graph: ParamGraph, members: Mapping[str, torch.Tensor], pristine: Callable[[], Any]
-) -> Iterator[Loading | None]:
+def opened(load: Load, graph: ParamGraph, members: Mapping[str, torch.Tensor], likeness: Callable[[], Any]) -> Iterator[Loading]:
     """The checkpoint that the user names, for a module with `graph`; raises `CheckpointError` where it does not fit.
 
-    `members` are the tensors that the module has now, by their names in the graph. `pristine()` is such a module before anybody
-    has changed it, for libraries that look at theirs to say what a file holds.
+    `members` are the tensors that the module has now, by their names in the graph. `likeness()` is such a module of meta tensors
+    before anybody has changed it, for libraries that look at theirs to say what a file holds.
     """
-    if load is None:
-        yield None
-        return
     with open_checkpoint(load.source) as checkpoint:
         checkpoint = checkpoint.renamed(load.rename)
-        converted = _converted(checkpoint, pristine)
+        converted = _converted(checkpoint, likeness)
         if converted is not None:
             unexpected = {key: checkpoint.entries[key] for key in converted.unexpected}
             checkpoint = replace(checkpoint, entries=dict(converted.entries) | unexpected)
@@ -76,15 +71,15 @@ def opened(
         found = matched(graph, checkpoint, members, load.missing, load.unexpected, optional)
         check_ties(found)
         check_outside(found, graph, members)
-        del members, pristine  # what they hold may go while this waits
+        del members, likeness  # what they hold may go while this waits
         yield Loading(checkpoint, found, load, converted)
 
 
-def _converted(checkpoint: Checkpoint, pristine: Callable[[], Any]) -> Converted | None:
+def _converted(checkpoint: Checkpoint, likeness: Callable[[], Any]) -> Converted | None:
     """What a hub's directory holds for a model of its library; None for any other."""
     if checkpoint.folder is None or not is_transformers(checkpoint.folder):
         return None
-    roots = list(roots_of(pristine()).values())
+    roots = list(roots_of(likeness()).values())
     return converted(roots[0], checkpoint.entries) if len(roots) == 1 and can_load(roots[0], checkpoint.folder) else None
 
 

@@ -6,7 +6,7 @@ A checkpoint's names are a state dict's: those of parameters and persistent buff
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,8 @@ _log = logging.getLogger("groundplan")
 class Matched:
     """What a checkpoint holds of a graph's tensors, by each tensor's first name.
 
-    `entries` has the names that are found, `missing` those that are not, `missing_here` those of them that are in the module too,
-    `ignored` the checkpoint's names that the graph does not have. `ties` are the other entries of tied tensors, which have to
-    hold the same.
+    `entries` has the names that are found, `missing` those that are not, `missing_here` those of them that are in the module too.
+    `ties` are the other entries of tied tensors, which have to hold the same.
     """
 
     where: str
@@ -36,11 +35,6 @@ class Matched:
     ties: Sequence[tuple[str, Entry, Entry]]
     missing: tuple[str, ...]
     missing_here: tuple[str, ...]
-    ignored: tuple[str, ...]
-
-    def of(self, node: TensorNode) -> Entry | None:
-        """The entry that a tensor comes from."""
-        return self.entries.get(node.name)
 
     def log_missing(self, alone: bool) -> None:
         """Tell the user what the checkpoint does not have, through the logger `groundplan`; unless `alone`, for all ranks."""
@@ -71,7 +65,8 @@ def matched(
     without a word.
     """
     _check_options(missing, unexpected)
-    expected = {name: node for node in graph.tensors for name in _names(node) if _is_expected(node, graph)}
+    state = [node for node in graph.state if not node.lazy]
+    expected = {name: node for node in state for name in node.names}
     found: dict[str, Entry] = {}
     ties: list[tuple[str, Entry, Entry]] = []
     problems: list[str] = []
@@ -87,16 +82,16 @@ def matched(
         else:
             found.setdefault(node.name, entry)
     ignored = tuple(name for name in checkpoint.entries if name not in expected)
-    lost = tuple(node.name for node in graph.tensors if _is_expected(node, graph) and not _has(checkpoint, node))
-    lost_here = tuple(name for name in lost if name in members)
+    absent = [node.name for node in state if not any(name in checkpoint.entries for name in node.names)]
     if unexpected == "error":
-        problems += [_unexpected(name, checkpoint.entries[name], graph, expected, lost) for name in ignored]
-    lost = tuple(name for name in lost if name not in optional)
+        problems += [_unexpected(name, checkpoint.entries[name], graph, expected, absent) for name in ignored]
+    lost = tuple(name for name in absent if name not in optional)
+    lost_here = tuple(name for name in lost if name in members)
     if missing == "error":
         problems += [f"{name} is missing{nearest(name, ignored)}" for name in lost_here]
     if problems:
         raise CheckpointError(_message(checkpoint, problems, ignored if unexpected == "error" else (), expected))
-    return Matched(checkpoint.where, found, ties, lost, lost_here, ignored)
+    return Matched(checkpoint.where, found, ties, lost, lost_here)
 
 
 def _check_options(missing: str, unexpected: str) -> None:
@@ -104,21 +99,6 @@ def _check_options(missing: str, unexpected: str) -> None:
         raise MaterializeError(f'missing={missing!r} is neither "init" nor "error"')
     if unexpected not in ("error", "ignore"):
         raise MaterializeError(f'unexpected={unexpected!r} is neither "error" nor "ignore"')
-
-
-def _names(node: TensorNode) -> Iterator[str]:
-    return iter(node.names)
-
-
-def _is_expected(node: TensorNode, graph: ParamGraph) -> bool:
-    """Whether a state dict has it, and the constructor did not ask for the meta device itself."""
-    in_state = node.kind == "parameter" or (node.kind == "buffer" and node.persistent)
-    in_state = in_state and not node.type.startswith("Uninitialized")  # a lazy module's, whose shape nobody knows yet
-    return in_state and graph.storages[node.view.storage].device != "meta"
-
-
-def _has(checkpoint: Checkpoint, node: TensorNode) -> bool:
-    return any(name in checkpoint.entries for name in node.names)
 
 
 def _problem(name: str, node: TensorNode, entry: Entry) -> str | None:
@@ -142,7 +122,7 @@ def converts(source: torch.dtype, target: torch.dtype) -> bool:
 def _unexpected(name: str, entry: Entry, graph: ParamGraph, expected: Mapping[str, TensorNode], lost: Sequence[str]) -> str:
     node = graph.by_name.get(name)
     if node is not None:
-        if node.type.startswith("Uninitialized"):
+        if node.lazy:
             return f"{name} belongs to a lazy module, whose shapes the first call decides; load it after that"
         kind = "a buffer that is not persistent" if node.kind == "buffer" else f"an {node.kind}"
         if graph.storages[node.view.storage].device == "meta":

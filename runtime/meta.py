@@ -85,6 +85,13 @@ def meta_module(build: Build, decisions: Decisions) -> Any:
     return built
 
 
+def meta_likeness(build: Build, decisions: Decisions) -> Any:
+    """The same without the plan's casts, to be looked at and not to be filled: the constructor may do as it likes."""
+    _, built = traced_with_casts(build, decisions.model_copy(update={"steps": ()}))
+    release(built)
+    return built
+
+
 class HookedError(MaterializeError):
     """The constructor hangs a gradient hook on a tensor, which a meta module does not have."""
 

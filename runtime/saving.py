@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 
 from ..planner.check import check_decisions
 from ..planner.decisions import Decisions
+from ..planner.memory import human_bytes
 from ..tracer.collect import roots_of
 from ..tracer.errors import CheckpointError, MaterializeError
 from ..tracer.graph import ParamGraph, TensorNode
@@ -33,7 +35,7 @@ from .inplace import fill_module
 from .job import Whereto
 from .keyed import drawn_seed
 from .meta import meta_module
-from .new_files import new_files, sync
+from .new_files import NewFiles, NewFilesOfRanks, sync
 from .options import Options
 from .ranks import Ranks
 from .state import materialize_state
@@ -52,9 +54,7 @@ _UNITS = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_WAY_OUT = "name another path"
 _ALIGNED = 8  # bytes, as the safetensors library pads its headers
-Values = Iterator[tuple[str, torch.Tensor]]
 
 
 def save_checkpoint(
@@ -85,22 +85,26 @@ def save_checkpoint(
         layout, folder = _shards(tensors, _bytes(max_shard_size)), path
     names = {file.name for file in layout} | {_INDEX}
     together = held is not None and _are_divided(held)
-    with _new_files(folder, lambda each: _is_ours(each, path, names), _INDEX, together) as temporary:
+    with _new_files(folder, lambda each: _is_ours(each, path, names), _INDEX, together) as files:
+        mine = layout if not together or dist.get_rank() == 0 else ()
         with ExitStack() as open_files:
-            mine = layout if not together or dist.get_rank() == 0 else ()
             if held is not None:
-                _gathered(held, lambda: _all_opened(temporary, mine, open_files))
+                _gathered(held, lambda: _all_opened(files, mine, open_files))
             elif not isinstance(source, nn.Module):
-                _write(build, decisions, _all_opened(temporary, mine, open_files), replace(options, seed=source))
-        if len(mine) > 1:
-            (temporary / _INDEX).write_text(json.dumps(_index(layout), indent=2) + "\n")
-        sync(temporary)
+                _write(build, decisions, _all_opened(files, mine, open_files), replace(options, seed=source))
+        with files.writing():
+            if len(mine) > 1:
+                (files.temporary / _INDEX).write_text(json.dumps(_index(layout), indent=2) + "\n")
+            sync(files.temporary)
 
 
-def _new_files(folder: Path, refuse: Callable[[Path], bool], last: str, together: bool) -> AbstractContextManager[Path]:
-    if together:
-        return _new_files_of_all(folder, refuse, last)
-    return new_files(folder, refuse, _WAY_OUT, last, CheckpointError)
+def _new_files(folder: Path, in_the_way: Callable[[Path], bool], last: str, together: bool) -> NewFiles:
+    def complaint(folder: Path) -> str | None:
+        there = next((each for each in sorted(folder.iterdir()) if in_the_way(each)), None)
+        return None if there is None else f"{there} is there already, and would be lost"
+
+    kind = NewFilesOfRanks if together else NewFiles
+    return kind(folder, complaint, last, "name another path", CheckpointError)
 
 
 def _are_divided(held: Mapping[str, torch.Tensor]) -> bool:
@@ -152,18 +156,23 @@ class _File:
         return head, {name: len(head) + place for name, place in places.items()}
 
 
-def state_nodes(graph: ParamGraph) -> list[TensorNode]:
-    """What a state dict has, ties once."""
-    nodes = [node for node in graph.tensors if node.kind == "parameter" or (node.kind == "buffer" and node.persistent)]
-    return [node for node in nodes if graph.storages[node.view.storage].device != "meta"]
+def _state_of(graph: ParamGraph) -> tuple[TensorNode, ...]:
+    """The graph's state; raises `CheckpointError` where a part of it can have no values yet."""
+    lazy = next((node for node in graph.state if node.lazy), None)
+    if lazy is not None:
+        raise CheckpointError(
+            f"{lazy.name} belongs to a lazy module, whose shapes the first call decides; build the module, call it once, and "
+            "save its state_dict()"
+        )
+    return graph.state
 
 
 def _tensors(graph: ParamGraph, held: Mapping[str, torch.Tensor] | None) -> list[_Tensor]:
     if held is not None:
         found = [_Tensor(name, tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()]
     else:
-        found = [_Tensor(node.name, node.shape, node.dtype) for node in state_nodes(graph)]
-        strange = next((node for node in state_nodes(graph) if node.opaque), None)
+        found = [_Tensor(node.name, node.shape, node.dtype) for node in _state_of(graph)]
+        strange = next((node for node in graph.state if node.opaque), None)
         if strange is not None:
             raise CheckpointError(f"{strange.name} is a {strange.type} tensor, which a safetensors file does not hold")
     for each in found:
@@ -231,6 +240,7 @@ def _index(layout: Sequence[_File]) -> dict[str, Any]:
 class _Writer:
     """Where one tensor goes."""
 
+    files: NewFiles
     descriptor: int
     place: int
     tensor: _Tensor
@@ -241,27 +251,30 @@ class _Writer:
                 f"{self.tensor.name} is {value.dtype}{list(value.shape)} now, and was laid out as {self.tensor}"
             )
         memory, done = bytes_of(value.detach().cpu().resolve_conj().resolve_neg().contiguous()), 0
-        while done < len(memory):
-            done += os.pwrite(self.descriptor, memory[done : done + 2**30], self.place + done)
+        with self.files.writing(self.tensor.name):
+            while done < len(memory):
+                done += os.pwrite(self.descriptor, memory[done : done + 2**30], self.place + done)
 
 
-def _all_opened(folder: Path, files: Iterable[_File], until: ExitStack) -> dict[str, _Writer]:
-    return {name: writer for file in files for name, writer in _opened(folder, file, until).items()}
+def _all_opened(files: NewFiles, layout: Iterable[_File], until: ExitStack) -> dict[str, _Writer]:
+    return {name: writer for file in layout for name, writer in _opened(files, file, until).items()}
 
 
-def _opened(folder: Path, file: _File, until: ExitStack) -> dict[str, _Writer]:
+def _opened(files: NewFiles, file: _File, until: ExitStack) -> dict[str, _Writer]:
     """Make a file with its header, all of its room taken: a full disk shows at once."""
     head, places = file.header()
-    descriptor = os.open(folder / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    until.callback(os.close, descriptor)
-    until.callback(os.fsync, descriptor)
     size = len(head) + sum(each.nbytes for each in file.tensors)
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)
-    os.pwrite(descriptor, head, 0)
-    return {each.name: _Writer(descriptor, places[each.name], each) for each in file.tensors}
+    until.enter_context(files.writing())  # of the callbacks, which come before its end
+    with files.writing(file.name):
+        descriptor = os.open(files.temporary / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        until.callback(os.close, descriptor)
+        until.callback(os.fsync, descriptor)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.ftruncate(descriptor, size)
+        os.pwrite(descriptor, head, 0)
+    return {each.name: _Writer(files, descriptor, places[each.name], each) for each in file.tensors}
 
 
 def _write(
@@ -317,7 +330,7 @@ class _State:
         if isinstance(source, nn.Module):
             return cls(_members(source), None)
         graph = traced_with_casts(build, decisions)[0].graph if decisions.casts else build.graph
-        nodes = state_nodes(graph)
+        nodes = _state_of(graph)
         if options.rng == "keyed" and source is None:
             source = drawn_seed()
 
@@ -331,16 +344,29 @@ class _State:
 
 def _save_dcp(state: _State, path: Path) -> None:
     """By torch's own writer; a module that ranks divide is written by all of them, and each makes this call."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     together = state.value is None and _are_divided(state.tensors)
-    with _new_files(path, _is_checkpoint, ".metadata", together) as temporary, warnings.catch_warnings():
+    with _new_files(path, _is_checkpoint, ".metadata", together) as files, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         planner = None if state.value is None else _lazy_planner(state.value)
         # torch's writer holds all that it puts in one file until that is finished, so every tensor gets one
-        writer = FileSystemWriter(temporary, single_file_per_rank=planner is None)
-        save(dict(state.tensors), storage_writer=writer, planner=planner, no_dist=not together)
+        writer = FileSystemWriter(files.temporary, single_file_per_rank=planner is None)
+        with files.writing():
+            try:
+                save(dict(state.tensors), storage_writer=writer, planner=planner, no_dist=not together)
+            except CheckpointException as failure:  # no `Exception`, and around what happened
+                raise _cause(next(iter(failure.failures.values()))[0], path) from failure
+
+
+def _cause(error: BaseException, path: Path) -> BaseException:
+    """What one rank's part of torch's writer failed of; on a full disk torch complains of its own file's position."""
+    if not isinstance(error, RuntimeError):
+        return error
+    left = human_bytes(shutil.disk_usage(path).free)
+    return CheckpointError(f"torch cannot write to {path}, where {left} are left: {error}; name another path")
 
 
 def _lazy_planner(value: Callable[[str], torch.Tensor]) -> Any:
@@ -355,59 +381,20 @@ def _lazy_planner(value: Callable[[str], torch.Tensor]) -> Any:
     return Lazy()
 
 
-@contextmanager
-def _new_files_of_all(folder: Path, refuse: Callable[[Path], bool], last: str) -> Iterator[Path]:
-    """As `new_files`, for ranks that write together: the first one makes the folder and moves the files; all raise, or none."""
-    first, held = dist.get_rank() == 0, ExitStack()
-    made = _same_on_all(
-        lambda: str(held.enter_context(new_files(folder, refuse, _WAY_OUT, last, CheckpointError))) if first else ""
-    )
-    failures: list[Any] = [None] * dist.get_world_size()
-    error: BaseException | None = None
-    try:
-        yield Path(made)
-    except Exception as raised:  # the others have to hear of it, whatever it is
-        error = raised
-    dist.all_gather_object(failures, error and f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-    failure = next((each for each in failures if each is not None), None)
-    if failure is not None:
-        held.__exit__(*((CheckpointError, CheckpointError(failure), None)))  # what is there is removed
-        raise CheckpointError(f"nothing was written to {folder}; {failure}") from error
-    _same_on_all(lambda: _closed(held))
-
-
-def _closed(held: ExitStack) -> str:
-    held.close()
-    return ""
-
-
-def _same_on_all(action: Callable[[], str]) -> str:
-    """What the first rank's `action` gives; what it raises, all raise."""
-    told: list[Any] = [None, None]
-    try:
-        told[0] = action()
-    except CheckpointError as error:
-        told[1] = str(error)
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise CheckpointError(told[1])
-    return str(told[0])
-
-
 def _gathered(held: Mapping[str, torch.Tensor], opened: Callable[[], Mapping[str, _Writer]]) -> None:
     """Every rank gives its part of every tensor, to the end; the first one writes them."""
-    error: OSError | None = None
+    error: CheckpointError | None = None
     writers: Mapping[str, _Writer] = {}
     try:
         writers = opened()
-    except OSError as raised:
+    except CheckpointError as raised:
         error = raised
     for name, tensor in held.items():
         value = _full(tensor)
         try:
             if name in writers and error is None:
                 writers[name].write(value)
-        except OSError as raised:  # the others wait for this rank's parts of the rest
+        except CheckpointError as raised:  # the others wait for this rank's parts of the rest
             error = raised
     if error is not None:
         raise error

@@ -22,6 +22,10 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import groundplan as gp
+from groundplan.runtime.checkpoint import Checkpoint
+from groundplan.runtime.entries import held
+from groundplan.runtime.loading import all_members
+from groundplan.runtime.matching import matched
 from groundplan.runtime.parts import PartialReplay
 
 from . import zoo
@@ -588,6 +592,16 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
         plan.materialize(checkpoint=tmp_path, missing="error")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_may_be_missing_is_neither_an_error_nor_listed(caplog: pytest.LogCaptureFixture) -> None:
+    graph = gp.trace(nn.Linear, 2, 3).graph
+    half = Checkpoint("half", {"weight": held("weight", torch.ones(3, 2))})
+    with pytest.raises(gp.CheckpointError, match="bias is missing"):
+        matched(graph, half, all_members(graph), missing="error")
+    found = matched(graph, half, all_members(graph), missing="error", optional=["bias"])
+    found.log_missing(alone=True)
+    assert found.missing == found.missing_here == () and not caplog.records
 
 
 # -- any subset ---------------------------------------------------------------------------------------------------------

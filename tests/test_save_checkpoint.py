@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 
 import groundplan as gp
 
-from . import law, zoo
+from . import law, test_place, zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -150,10 +150,22 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", full)
     before = law.generator_states()
-    with pytest.raises(gp.CheckpointError, match=r"cannot write to .*No space left on device"):
+    with pytest.raises(gp.CheckpointError, match=r"cannot write \S+ to .*No space left on device"):
         gp.trace(Model).save_checkpoint(1, folder / path)
     law.assert_same_states(before, law.generator_states(), "a failure moved")
     assert [each.name for each in tmp_path.rglob("*")] == (["new", "config.json"] if existed else [])
+
+
+small_disk = test_place.small_disk
+
+
+@pytest.mark.parametrize("source", ["seed", "module"])
+@pytest.mark.parametrize("form", ["safetensors", "dcp"])
+def test_a_disk_that_is_really_full_leaves_nothing(form: str, source: str, small_disk: Path) -> None:
+    plan = gp.trace(lambda: nn.Sequential(*[nn.Linear(400, 400) for _ in range(3)]))  # 1.9 MB, on 1 MiB
+    with pytest.raises(gp.CheckpointError, match=rf"cannot write .*to {small_disk / 'new'}[:,].*name another path"):
+        plan.save_checkpoint(1 if source == "seed" else plan.materialize(seed=1), small_disk / "new", format=form)
+    assert not list(small_disk.iterdir())
 
 
 def test_room_is_taken_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +198,13 @@ def test_a_meta_module_has_nothing_to_save(tmp_path: Path) -> None:
     plan = gp.trace(Model)
     with pytest.raises(gp.CheckpointError, match=r"scale is still on the meta device"):
         plan.save_checkpoint(plan.meta_module(), tmp_path / "new")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "dcp"])
+def test_a_lazy_module_has_no_values_yet(form: str, tmp_path: Path) -> None:
+    with pytest.raises(gp.CheckpointError, match=r"weight belongs to a lazy module.*build the module, call it once"):
+        gp.trace(nn.LazyLinear, 3).save_checkpoint(1, tmp_path / "new", format=form)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_dtype_that_safetensors_lacks(tmp_path: Path) -> None:

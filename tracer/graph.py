@@ -210,6 +210,11 @@ class TensorNode:
         return self.names[0]
 
     @property
+    def lazy(self) -> bool:
+        """Whether it is a lazy module's, whose shape nobody knows yet."""
+        return self.type.startswith("Uninitialized")
+
+    @property
     def numel(self) -> int:
         return self.view.numel
 
@@ -297,6 +302,13 @@ class ParamGraph:
     @cached_property
     def buffers(self) -> tuple[TensorNode, ...]:
         return tuple(tensor for tensor in self.tensors if tensor.kind == "buffer")
+
+    @cached_property
+    def state(self) -> tuple[TensorNode, ...]:
+        """What a state dict has, each tensor once: parameters and persistent buffers, but none on the meta device itself."""
+        kept = [node for node in self.tensors if node.kind == "parameter" or (node.kind == "buffer" and node.persistent)]
+        devices = {storage.index: storage.device for storage in self.storages}
+        return tuple(node for node in kept if devices[node.view.storage] != "meta")
 
     @property
     def ties(self) -> tuple[TensorNode, ...]:
