@@ -6,7 +6,7 @@
 * `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`rank_memory`: of one rank);
 * `allocator`: what PyTorch's CUDA caching allocator reserves for a sequence of `allocator_events`, set by an `allocator_config`
   (its parts: `allocator_blocks`, `allocator_driver`, `allocator_expandable`; recorded histories: `allocator_snapshot`);
-* `reserved`: the same of `memory`'s phases; `overheads`: what a process holds of a GPU beside its tensors;
+* `reserved`: the same of `memory`'s phases; `overheads`: what a process holds beside its tensors;
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `verdict`: whether they fit a cluster;
 * `allocations`: what a training step allocates and releases, as a run of it without memory found;

@@ -1,4 +1,4 @@
-"""What a process holds of a GPU beside its tensors: context, workspaces, communicators. Bytes, each with its source.
+"""What a process holds beside its tensors: CUDA context, workspaces, communicators, itself. Bytes, each with its source.
 
 Ranges, not measurements of your machine: what is known only roughly has `low` and `high` apart. What goes through the caching
 allocator (`cached`) is part of its reserved bytes, so replay it as an allocation; the rest is `Device.taken`.
@@ -42,12 +42,13 @@ OVERHEADS: Mapping[str, Overhead] = MappingProxyType(
     {
         "cuda context": Overhead(
             low=300 * 10**6,
-            high=400 * 10**6,
+            high=10**9,
             per="process and device",
             cached=False,
             source=(
-                "reports, so rough: about 300 MB since CUDA 11.7 loads kernels as they are used, and over 1 GB before "
-                "(pytorch/pytorch#107667, 2023); 300 to 400 MB (pytorch/pytorch#20532, 2019)"
+                "reports, so rough: about 300 MB since CUDA 11.7 loads kernels as they are used, and over 1 GB with all of them, "
+                "which that comes to at most (pytorch/pytorch#107667, 2023); 300 to 400 MB (pytorch/pytorch#20532, 2019); 426 MiB "
+                "with none (RTX 6000 Ada, torch 2.10, unslothai/unsloth-zoo#1053)"
             ),
         ),
         "cublas workspace": Overhead(
@@ -90,6 +91,30 @@ OVERHEADS: Mapping[str, Overhead] = MappingProxyType(
                 "NCCL src/init.cc, computeBuffSizes: DEFAULT_BUFFSIZE, DEFAULT_LL_BUFFSIZE, DEFAULT_LL128_BUFFSIZE, by the "
                 "counts in src/include/device.h; in pages of 2 MiB these are the 10485760 bytes of a buffer in NVIDIA/nccl#1685"
             ),
+        ),
+        "nccl communicator": Overhead(
+            low=688 * 10**6,
+            high=1_600_000_000,
+            per="communicator",
+            cached=False,
+            source=(
+                "reports: 688 MB on four A100 with NVLink (NVIDIA/nccl#964); 1.6 GB for one, about 6 GB for three or more "
+                "(NVIDIA/nccl#864)"
+            ),
+        ),
+        "host process": Overhead(
+            low=255 * 10**6,
+            high=500 * 10**6,
+            per="process, in host memory",
+            cached=False,
+            source="255 MB resident after `import groundplan` (measured, torch 2.13 for the CPU), doubled",
+        ),
+        "host process with cuda": Overhead(
+            low=255 * 10**6,
+            high=2 * 10**9,
+            per="process that uses CUDA, in host memory",
+            cached=False,
+            source="1,904,088 kB resident at most (pytorch/pytorch#12873)",
         ),
     }
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..tracer.errors import DecisionError
 from .cluster import Cluster
+from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
 from .rank_memory import HOST
 
 if TYPE_CHECKING:
@@ -22,33 +23,12 @@ Word = Literal["fits", "tight", "does not fit"]
 MARGIN = 0.2
 """The share of everything that is added where nothing has been measured: fragmentation, rounding, temporaries inside ops."""
 
-CONTEXT_BYTES = 10**9
-"""A CUDA context with the kernels loaded into it, per process and device.
-
-426 MiB with no kernel loaded (RTX 6000 Ada, torch 2.10, https://github.com/unslothai/unsloth-zoo/pull/1053); more than 1000 MB
-with all of them, which lazy loading comes to at most (https://github.com/pytorch/pytorch/issues/107667).
-"""
-
-WORKSPACE_BYTES = 2**27
-"""cuBLAS and cuBLASLt workspaces of two threads, forward's and backward's: 2 x (32 MiB + 32 MiB), which Hopper takes.
-
-https://docs.nvidia.com/cuda/cublas/#cublassetworkspace recommends 32 MiB there and 4 MiB elsewhere; torch allocates one for each
-handle and stream (aten/src/ATen/cuda/CublasHandlePool.cpp), and the same for cuBLASLt
-(https://github.com/pytorch/pytorch/pull/120925).
-"""
-
-COMMUNICATOR_BYTES = 1_600_000_000
-"""NCCL's buffers, per communicator: the larger of two reports.
-
-688 MB on four A100 with NVLink (https://github.com/NVIDIA/nccl/issues/964); 1.6 GB for one, about 6 GB for three or more
-(https://github.com/NVIDIA/nccl/issues/864).
-"""
-
-PROCESS_BYTES = 500_000_000
-"""Host memory of a process without tensors: 255 MB after `import groundplan` (measured, torch 2.13 for the CPU), doubled."""
-
-CUDA_PROCESS_BYTES = 2_000_000_000
-"""The same of one that uses CUDA: 1,904,088 kB resident at most (https://github.com/pytorch/pytorch/issues/12873)."""
+CONTEXT_BYTES = OVERHEADS["cuda context"].high
+COMMUNICATOR_BYTES = OVERHEADS["nccl communicator"].high
+PROCESS_BYTES = OVERHEADS["host process"].high
+CUDA_PROCESS_BYTES = OVERHEADS["host process with cuda"].high
+WORKSPACE_BYTES = 2 * 2 * CUBLAS_WORKSPACE_HOPPER
+"""Of two threads, forward's and backward's: cuBLAS's workspace, and one of that size for cuBLASLt (pytorch/pytorch#120925)."""
 
 _ORDER: tuple[Word, ...] = ("fits", "tight", "does not fit")
 
