@@ -23,9 +23,9 @@ True
 """
 
 from . import lightning
-from .adapters import deepspeed_zero3, param_init_fn
 from .explain import Explanation
-from .plan import Plan, materialize, trace
+from .in_place import deepspeed_zero3, materialize, param_init_fn
+from .plan import Plan, trace
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
 from .planner.memory import Memory

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .explain import Explanation, explain
 from .planner.check import check_decisions
@@ -23,19 +20,18 @@ from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
 from .planner.sharding import LAYERS, sharding
 from .planner.workload import Training
+from .progress import shown
 from .report import Report
 from .runtime import Build, materialize_state, meta_module
 from .runtime import materialize as materialize_plan
 from .runtime.checkpoint import Rename, Source
 from .runtime.materialize import Progress as ProgressCallback
-from .runtime.options import Load, Options
+from .runtime.options import Options
 from .tracer.errors import DecisionError, MaterializeError, PlanFileError
 from .tracer.graph import ParamGraph
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_SHOWN_FROM = 2**28  # bytes; a model below this is built before a bar could be read
 
 
 def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
@@ -51,49 +47,6 @@ def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     [('weight', (4, 3)), ('bias', (4,))]
     """
     return Plan(None, Build.trace(build, args, kwargs))
-
-
-def materialize(
-    module: torch.nn.Module,
-    seed: int | None = None,
-    checkpoint: Source | None = None,
-    *,
-    rng: str = "eager",
-    uninitialized: str = "error",
-    missing: str = "init",
-    unexpected: str = "error",
-    rename: Rename | None = None,
-    device: str | torch.device | None = None,
-    threads: int | None = None,
-    group: Any = "world",
-    timeout: float | None = None,
-) -> torch.nn.Module:
-    """Fill a `plan.meta_module()` in place, after you have sharded it: each rank draws its own part only. Returns the module.
-
-    The values are those of the single-device model, bit for bit, whatever the mesh: every DTensor gets its local shard of them,
-    ordinary tensors all of them. It takes the place of `module.to_empty(...)` and the initialization that follows it. Submodules
-    may be wrapped, renamed, moved or deleted before; parts may be filled one by one. `seed`, `rng`, `uninitialized` and
-    `threads` are as in `Plan.materialize`, and so are `checkpoint`, `missing`, `unexpected` and `rename`: of what the checkpoint
-    has, each rank reads only its own part.
-
-    Tensors go to `device`, else where the plan says, else to the mesh's device (`cpu` with FSDP2's CPU offload).
-
-    Every rank of `group` makes the same call; None is this process alone. The ranks compare what they are about to build,
-    and wait for each other at the end: where one raises, dies, or does not come within `timeout` seconds (45 if None), all raise
-    `RanksError`. On any failure the module and the generators are as they were.
-
-    Raises `MaterializeError`, naming the tensor, for a meta tensor that the plan does not know; `UninitializedError`;
-    `CheckpointError`.
-
-    >>> module = materialize(trace(torch.nn.Linear, 3, 4).meta_module(), seed=0)
-    >>> _ = torch.manual_seed(0)
-    >>> torch.equal(module.weight, torch.nn.Linear(3, 4).weight)
-    True
-    """
-    from .runtime.inplace import materialize_module  # torch.distributed, which it imports, takes a second
-
-    options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
-    return materialize_module(module, options, device, group, timeout)
 
 
 @dataclass(frozen=True)
@@ -367,7 +320,7 @@ class Plan:
         >>> torch.equal(model.weight, torch.nn.Linear(3, 4).weight)
         True
         """
-        options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
+        options = Options.of(seed, checkpoint, rng, uninitialized, missing, unexpected, rename, threads)
         if self.decisions.sharding is not None:
             from .runtime.inplace import materialize_sharded
 
@@ -382,7 +335,7 @@ class Plan:
             from .runtime.quantize import materialize_quantized
 
             return materialize_quantized(self._bound, self.decisions, options)
-        with _shown(progress, self.memory().phases["construct"]) as callback:
+        with shown(progress, self.memory().phases["construct"]) as callback:
             if options.load is not None:
                 from .runtime.loaded import materialize_loaded
 
@@ -459,43 +412,7 @@ class Plan:
         return self._build
 
 
-def load_of(checkpoint: Source | None, missing: str, unexpected: str, rename: Rename | None) -> Load | None:
-    """What the user says about a checkpoint; raises `MaterializeError` for what means nothing without one."""
-    if checkpoint is not None:
-        return Load(checkpoint, missing, unexpected, rename)
-    if missing != "init" or unexpected != "error" or rename is not None:
-        raise MaterializeError("missing=, unexpected= and rename= say what to do with a checkpoint; name it with checkpoint=PATH")
-    return None
-
-
 def _name_of(build: Callable[..., Any]) -> str:
     """`package.module.Class`, for display."""
     owner = build if hasattr(build, "__qualname__") else getattr(build, "func", type(build))
     return f"{getattr(owner, '__module__', '?')}.{getattr(owner, '__qualname__', type(owner).__qualname__)}"
-
-
-@contextmanager
-def _shown(progress: bool | ProgressCallback, nbytes: int) -> Iterator[ProgressCallback | None]:
-    """The callback for `progress`: the user's own, or a bar on stderr for a large model, if that is a terminal."""
-    if callable(progress):
-        yield progress
-        return
-    console = Console(stderr=True)
-    if not progress or nbytes < _SHOWN_FROM or not console.is_terminal:
-        yield None
-        return
-    with progress_bar(console) as show:
-        yield show
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[ProgressCallback]:
-    """A bar of bytes filled and to fill."""
-    columns = (TextColumn("materialize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("materialize", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield show

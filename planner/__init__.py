@@ -3,7 +3,8 @@
 * `decisions`: `Decisions`, the frozen data that a plan saves (`plan_file`) and that fits its graph (`check`);
 * `sharding` and `placing`: how a module is divided between ranks, or between one process's devices (`check_sharding`: its doors);
 * `quantizing`: which layers are quantized while they are built, and how;
-* `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`rank_memory`: of one rank);
+* `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`construct`: of building;
+  `rank_memory`: of one rank);
 * `allocator`: what PyTorch's CUDA caching allocator reserves for a sequence of `allocator_events`, set by an `allocator_config`
   (its parts: `allocator_blocks`, `allocator_driver`, `allocator_expandable`; recorded histories: `allocator_snapshot`);
 * `reserved`: the same of `memory`'s phases; `overheads`: what a process holds beside its tensors;

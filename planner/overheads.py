@@ -47,8 +47,8 @@ OVERHEADS: Mapping[str, Overhead] = MappingProxyType(
             cached=False,
             source=(
                 "reports, so rough: about 300 MB since CUDA 11.7 loads kernels as they are used, and over 1 GB with all of them, "
-                "which that comes to at most (pytorch/pytorch#107667, 2023); 300 to 400 MB (pytorch/pytorch#20532, 2019); 426 MiB "
-                "with none (RTX 6000 Ada, torch 2.10, unslothai/unsloth-zoo#1053)"
+                "which that comes to at most (pytorch/pytorch#107667, 2023); 300 to 400 MB (pytorch/pytorch#20532, 2019); 426 "
+                "MiB with none (RTX 6000 Ada, torch 2.10, unslothai/unsloth-zoo#1053)"
             ),
         ),
         "cublas workspace": Overhead(

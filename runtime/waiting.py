@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..planner.memory import WAITING_BYTES
+from ..planner.construct import WAITING_BYTES
 from ..tracer.graph import View
 from ..tracer.traced import view_of
 from .sources import Pending

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
 from groundplan import cli
-from groundplan.plan import progress_bar
+from groundplan.progress import progress_bar
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 

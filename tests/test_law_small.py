@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from groundplan.planner import memory
+from groundplan.planner import construct
 from groundplan.runtime import waiting
 
 from . import zoo
@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Thresholds so low that small tensors take the ways of large ones; all that can wait does."""
     with monkeypatch.context() as patched:
         shrink(patched)
-        for module in (waiting, memory):
+        for module in (waiting, construct):
             patched.setattr(module, "WAITING_BYTES", 64)
         yield
 

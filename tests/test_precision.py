@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import groundplan as gp
-from groundplan.planner import memory
+from groundplan.planner import construct
 from groundplan.runtime import waiting
 
 from . import zoo
@@ -40,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors take the ways of large ones: converted while they are drawn, in pieces, on several threads."""
     with monkeypatch.context() as patched:
         shrink(patched)
-        for module in (waiting, memory):
+        for module in (waiting, construct):
             patched.setattr(module, "WAITING_BYTES", 64)
         yield
 

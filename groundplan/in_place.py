@@ -1,4 +1,4 @@
-"""The doors for engines that divide a meta module themselves, one unit after the other: torch's FSDP1, and DeepSpeed's ZeRO-3."""
+"""The doors that fill a `plan.meta_module()`, whoever divides it: your own sharding, torch's FSDP1, DeepSpeed's ZeRO-3."""
 
 from __future__ import annotations
 
@@ -8,9 +8,52 @@ from typing import Any
 
 import torch
 
-from .plan import load_of
 from .runtime.checkpoint import Rename, Source
 from .runtime.options import Options
+
+
+def materialize(
+    module: torch.nn.Module,
+    seed: int | None = None,
+    checkpoint: Source | None = None,
+    *,
+    rng: str = "eager",
+    uninitialized: str = "error",
+    missing: str = "init",
+    unexpected: str = "error",
+    rename: Rename | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    group: Any = "world",
+    timeout: float | None = None,
+) -> torch.nn.Module:
+    """Fill a `plan.meta_module()` in place, after you have sharded it: each rank draws its own part only. Returns the module.
+
+    The values are those of the single-device model, bit for bit, whatever the mesh: every DTensor gets its local shard of them,
+    ordinary tensors all of them. It takes the place of `module.to_empty(...)` and the initialization that follows it. Submodules
+    may be wrapped, renamed, moved or deleted before; parts may be filled one by one. `seed`, `rng`, `uninitialized` and
+    `threads` are as in `Plan.materialize`, and so are `checkpoint`, `missing`, `unexpected` and `rename`: of what the checkpoint
+    has, each rank reads only its own part.
+
+    Tensors go to `device`, else where the plan says, else to the mesh's device (`cpu` with FSDP2's CPU offload).
+
+    Every rank of `group` makes the same call; None is this process alone. The ranks compare what they are about to build,
+    and wait for each other at the end: where one raises, dies, or does not come within `timeout` seconds (45 if None), all raise
+    `RanksError`. On any failure the module and the generators are as they were.
+
+    Raises `MaterializeError`, naming the tensor, for a meta tensor that the plan does not know; `UninitializedError`;
+    `CheckpointError`.
+
+    >>> import groundplan as gp
+    >>> module = gp.materialize(gp.trace(torch.nn.Linear, 3, 4).meta_module(), seed=0)
+    >>> _ = torch.manual_seed(0)
+    >>> torch.equal(module.weight, torch.nn.Linear(3, 4).weight)
+    True
+    """
+    from .runtime.inplace import materialize_module  # torch.distributed, which it imports, takes a second
+
+    options = Options.of(seed, checkpoint, rng, uninitialized, missing, unexpected, rename, threads)
+    return materialize_module(module, options, device, group, timeout)
 
 
 def param_init_fn(
@@ -53,7 +96,7 @@ def param_init_fn(
     """
     from .runtime.fsdp1 import ParamInitFn  # torch.distributed, which it imports, takes a second
 
-    options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
+    options = Options.of(seed, checkpoint, rng, uninitialized, missing, unexpected, rename, threads)
     return ParamInitFn(options, device, group, timeout)
 
 
@@ -90,5 +133,5 @@ def deepspeed_zero3(
     """
     from .runtime.zero3 import fill_zero3  # torch.distributed, which it imports, takes a second
 
-    options = Options(seed, rng, uninitialized, threads, load_of(checkpoint, missing, unexpected, rename))
+    options = Options.of(seed, checkpoint, rng, uninitialized, missing, unexpected, rename, threads)
     return fill_zero3(module, config, options, device, group, timeout)
