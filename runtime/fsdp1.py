@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .meta import remembered
+from .meta import Blueprint, remembered
 from .modules import ModuleFiller
 from .options import Options
 from .ranks import together
@@ -25,7 +25,7 @@ class ParamInitFn:
         self._filler = ModuleFiller(options, device)
         self._group = group
         self._timeout = timeout
-        self._agreed: set[int] = set()
+        self._agreed: dict[int, Blueprint] = {}  # with the blueprint, or another could get its id
 
     def __call__(self, module: nn.Module) -> None:
         memory = remembered(module)
@@ -33,5 +33,5 @@ class ParamInitFn:
             with together(self._group, self._timeout) as ranks:
                 ranks.agree(self._filler.says(memory.blueprint) if ranks.count > 1 else {})
                 ranks.finish()
-            self._agreed.add(id(memory.blueprint))
+            self._agreed[id(memory.blueprint)] = memory.blueprint
         self._filler.fill(module)

@@ -33,7 +33,7 @@ class ModuleFiller:
         self.options = replace(options, seed=drawn_seed()) if draws else options
         self._device = device
         self._states = generator_states()
-        self._known: dict[int, Own] = {}
+        self._known: dict[int, tuple[Blueprint, Own]] = {}  # with the blueprint, or another could get its id
         self._made = WeakTensorKeyDictionary()
 
     def fill(self, module: nn.Module) -> None:
@@ -46,7 +46,7 @@ class ModuleFiller:
         if memory is None and not any(tensor.is_meta for _, _, tensor in _members(module)):
             return  # a wrapper, which holds nothing itself
         before = [(members, key, tensor) for members, key, tensor in _members(module) if tensor.is_meta]
-        own = Own() if memory is None else self._known.setdefault(id(memory.blueprint), Own())
+        own = Own() if memory is None else self._known.setdefault(id(memory.blueprint), (memory.blueprint, Own()))[1]
         with generators_kept():
             restore_generators(self._states)
             if find_targets(module, own=True)[1]:
