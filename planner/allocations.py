@@ -13,7 +13,18 @@ from typing import Any, Literal
 
 from ..tracer.graph import Frame
 
-Kind = Literal["parameter", "buffer", "input", "gradient", "optimizer state", "activation", "temporary"]
+Kind = Literal[
+    "parameter",
+    "buffer",
+    "input",
+    "gradient",
+    "optimizer state",
+    "activation",
+    "gathered parameter",
+    "communication buffer",
+    "temporary",
+]
+"""What a piece of memory is for. *Gathered parameters* are whole ones that FSDP makes of the ranks' parts for a while."""
 
 START, FIRST_STEP, FIRST_OPTIMIZER, STEP, OPTIMIZER = "start", "first_step", "first_optimizer", "step", "optimizer"
 """The phases of a run: what is there before it, then forward and backward, and the optimizer, twice."""
@@ -25,7 +36,8 @@ class Allocation:
 
     `name` is that of a parameter, buffer or input, or of the parameter that a gradient or a state belongs to. `module` is the
     path of the module that ran, `op` the ATen operator, `source` the line outside torch that called it; those of a backward op
-    are those of the forward op that it is the derivative of.
+    are those of the forward op that it is the derivative of. `stream` is the CUDA stream whose pool it would come from, "" for
+    the one that computes.
     """
 
     kind: Kind
@@ -35,6 +47,7 @@ class Allocation:
     module: str = ""
     op: str = ""
     source: Frame | None = None
+    stream: str = ""
 
     def describe(self) -> str:
         """Its name, or module and op, with the source.
