@@ -121,7 +121,7 @@ def device_map(found: Placing, graph: ParamGraph) -> dict[str, str]:
                 for owner in owners(name):
                     homes.setdefault(owner, set()).add(device)
     entries: dict[str, str] = {}
-    _divide("", graph, homes, _children(graph), found, entries)
+    _divide("", graph, homes, children_of(graph), found, entries)
     return entries
 
 
@@ -160,7 +160,8 @@ def owners(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts) + 1)]
 
 
-def _children(graph: ParamGraph) -> dict[str, list[str]]:
+def children_of(graph: ParamGraph) -> dict[str, list[str]]:
+    """The names of every module's submodules, by each of the module's names, in order."""
     found: dict[str, list[str]] = {}
     for module in graph.modules:
         for name in module.names:
