@@ -78,7 +78,7 @@ def partition(
     to be there to run an offloaded unit, or the host's memory is too small.
 
     >>> partition([Unit("a", 4), Unit("b", 3), Unit("c", 2)], devices=[3, 6])
-    Partition(homes=(1, 0, -2), main=1)
+    Partition(homes=(1, 0, -2), main=0)
     >>> partition([Unit("a", 4), Unit("b", 3)], devices=[4, 3]).homes
     (0, 1)
     """
