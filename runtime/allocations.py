@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self, on_cpu: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_cpu = on_cpu  # whether the plan's device is the CPU, whose kernels' scratch is known
+        self._counts = True
         self._phase = START
         self._pieces: list[_Piece] = []
         self._moments: list[Moment] = []
@@ -82,6 +84,19 @@ class Allocations(TorchDispatchMode):
         self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))].kind = "activation"
         return tensor
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Ops in here are as if they were not there."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
+
+    def taken(self, nbytes: int, op: str) -> None:
+        """What a kernel that no dispatch mode sees takes while it runs."""
+        self._gone(self._add(_Piece(nbytes, op, *self._place(None))))
+
     def follow(self, module: nn.Module) -> list[Any]:
         """Know which submodule runs; gives the hooks' handles."""
         handles: list[Any] = []
@@ -107,7 +122,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func.namespace in ("prim", "profiler"):
+        if not self._counts or func.namespace in ("prim", "profiler"):
             return func(*args, **(kwargs or {}))
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
