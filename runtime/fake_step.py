@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.allocations import Timeline
 from ..planner.decisions import Decisions, Move
-from ..planner.optimizers import OPTIMIZERS, Trained
+from ..planner.optimizer import Trained
+from ..planner.optimizers import OPTIMIZERS
 from ..planner.workload import Training
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
@@ -117,7 +118,7 @@ def _label_gradients(found: Allocations, module: nn.Module) -> None:
 
 
 def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, fused: bool) -> None:
-    """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`), and so does a learning rate."""
+    """In host memory are step counts, unless kernels are fused (torch/optim/adam.py `_init_group`), and learning rates."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():

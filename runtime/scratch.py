@@ -131,7 +131,7 @@ _BLOCK, _BYTE_BLOCK = 60, 120
 
 
 def _transposed_copy(source: torch.Tensor, target: torch.Tensor) -> int:
-    """A block that a matrix is transposed by: aten/src/ATen/native/Copy.cpp `copy_transpose_valid`, `copy_same_type_transpose_`."""
+    """A block that a matrix is transposed by: aten/src/ATen/native/Copy.cpp `copy_same_type_transpose_`."""
     same = source.dtype == target.dtype and source.shape == target.shape and source.dim() == 2
     if not same or source.numel() < _BLOCK**2 or source.stride() != (1, source.shape[0]) or not target.is_contiguous():
         return 0

@@ -19,6 +19,7 @@ from ..tracer.errors import DecisionError
 from .checkpointing import checkpoint_layers
 from .optimizers import optimizers_of
 
+
 def run_training(
     module: nn.Module,
     inputs: Any,

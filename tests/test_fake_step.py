@@ -131,7 +131,7 @@ def normalized(value: torch.Tensor) -> tuple[Any, ...]:
     return torch.ones_like(value), value, [value.shape[-1]], mean, deviation, width, width, MASK
 
 
-CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
+CALLS: list[tuple[Any, ...]] = [
     (aten.add.Tensor, lambda: (ones(5, 7), ones(5, 7, dtype=BF16))),
     (aten.sub.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(7))),
     (aten.mul.Tensor, lambda: (ones(5, 7), 2.0)),
