@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn import functional
 from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.allocations import Timeline
@@ -63,7 +64,7 @@ def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _
         _label_gradients(found, module)
         found.phase(name)
 
-    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), mode:
+    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found), mode:
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):
@@ -180,6 +181,19 @@ def _generators_kept(found: Allocations) -> Iterator[None]:
             yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextmanager
+def _attention_known(found: Allocations) -> Iterator[None]:
+    """Say when attention runs, whose own ops are no function's on a stack."""
+    attend = functional.scaled_dot_product_attention
+
+    def known(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with found.attention():
+            return attend(*args, **kwargs)
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", known):
+        yield
 
 
 @contextmanager
