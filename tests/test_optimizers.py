@@ -111,7 +111,7 @@ class Matrices(nn.Module):
 
 
 SIX: dict[str, Case] = {
-    **{name: MODELS[name] for name in ("Llama", "BERT", "LSTM", "convolutions")},
+    **{name: MODELS[name] for name in ("Llama", "BERT", "LSTM", "ResNet")},
     "matrices": Case(lambda: Matrices(F32), lambda: (torch.ones(2, 64),)),
     "half": Case(lambda: Matrices(BF16), lambda: (torch.ones(2, 64, dtype=BF16),)),
 }
@@ -140,7 +140,7 @@ def state_of(closed: gp.Memory, device: str) -> int:
     [
         "Llama",
         "matrices",
-        *(pytest.param(name, marks=pytest.mark.conformance) for name in ("BERT", "LSTM", "convolutions", "half")),
+        *(pytest.param(name, marks=pytest.mark.conformance) for name in ("BERT", "LSTM", "ResNet", "half")),
     ],
 )
 def test_the_closed_form_is_what_a_run_takes(model: str) -> None:
@@ -252,7 +252,7 @@ HIDDEN = {
     "ViT": {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"},
     "T5": {"q", "k", "v", "o", "wi", "wo"},
     "LSTM": set(),
-    "convolutions": set(),
+    "ResNet": set(),
 }
 
 
@@ -305,7 +305,7 @@ def test_gradients_stay_between_micro_batches() -> None:
     assert second - first >= 64 * 512 * 4
 
 
-@pytest.mark.parametrize(("model", "count"), [("Llama", 3), ("convolutions", 2)])
+@pytest.mark.parametrize(("model", "count"), [("Llama", 3), ("ViT", 2)])
 def test_a_run_of_micro_batches_takes_what_real_ones_do(model: str, count: int) -> None:
     plan, training = gp.trace(MODELS[model].build), gp.Training(inputs=MODELS[model].inputs, accumulate=count)
     run = compared(plan, training)[1]
