@@ -2,7 +2,7 @@
 
 Real is `torch.profiler`: the running sum of its memory events over two steps of the same module, built for real on the CPU, with
 torch's own kernels (oneDNN off) on one thread. `off` is the largest difference of any phase in bytes, `table` the largest share
-of a phase's peak that comes from the table of corrections (groundplan/runtime/scratch.py). The models are the small ones of the tests.
+of a phase's peak that comes from the table of corrections (groundplan/runtime/scratch.py). The models are those of the tests.
 """
 
 from __future__ import annotations

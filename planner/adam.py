@@ -59,6 +59,10 @@ class AdamW8bit(Optimizer):
     implementations = ("for-loop",)
     group_bytes = 4
 
+    @property
+    def note(self) -> str:
+        return "gradients have the parameters' dtype, state is in 8 bits; its compiled step holds one parameter's in float32"
+
     def state(self, parameter: Trained) -> int:
         if not is_quantized(parameter.numel):
             return 2 * parameter.nbytes

@@ -339,7 +339,7 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
     yield LOAD_NOTE
     if workload is not None:
         yield "training: activations and temporary workspaces are not included yet"
-        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
+        yield f"training: {OPTIMIZERS[workload.optimizer].note}"
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
 
 
@@ -378,6 +378,6 @@ def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str
     yield LOAD_NOTE
     if workload is not None:
         yield "training: activations, gathered units and communication buffers are not included yet"
-        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
+        yield f"training: {OPTIMIZERS[workload.optimizer].note}"
         if sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None:
             yield "training: DDP's buckets hold every gradient once more"

@@ -103,9 +103,13 @@ class Optimizer(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     implementations: ClassVar[tuple[Implementation, ...]] = ("foreach", "fused", "for-loop")
-    note: ClassVar[str] = "so has the optimizer's state, as torch.optim's defaults have it"
     group_bytes: ClassVar[int] = 0
     """Bytes in host memory that it holds besides, however many parameters there are."""
+
+    @property
+    def note(self) -> str:
+        """What is assumed of gradients and state, in a sentence."""
+        return f"gradients and {self.name} state have the parameters' dtype, as torch.optim's defaults do"
 
     def default(self, parameters: Sequence[Trained]) -> Implementation:
         """What it takes where nobody says: foreach where every parameter is on CUDA, else the loop.

@@ -53,6 +53,10 @@ class Adafactor(Optimizer):
     def default(self, parameters: Sequence[Trained]) -> Implementation:
         return "for-loop"
 
+    @property
+    def note(self) -> str:
+        return "gradients have the parameters' dtype, and so have adafactor's variances of their rows and columns"
+
     def check(self, parameters: Iterable[Trained]) -> None:
         divided = next((each for each in parameters if each.whole is not None and len(each.whole) > 1), None)
         if divided is not None:
