@@ -104,7 +104,7 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
         trained = [each for each in held if each.trains]
         gradients = [_change(each, each.padded * each.itemsize) for each in trained]
-        buckets = gradients if _is_ddp(decisions) else []
+        buckets = gradients if is_ddp(decisions) else []
         state = [_change(each, each.nbytes * workload.state_copies) for each in trained]
         state += [Change(HOST, each.tensor.name, workload.step_bytes) for each in trained if workload.step_bytes]
         sizes = [(each.device, each.nbytes) for each in trained]
@@ -117,7 +117,7 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
     return found
 
 
-def _is_ddp(decisions: Decisions) -> bool:
+def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
     return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None

@@ -44,6 +44,10 @@ class _Piece:
     name: str = ""
     on_host: bool = False
     stream: str = ""
+    others: set[str] | None = None  # the names of what shares it: FSDP's gradients of one unit
+
+    def named(self) -> str:
+        return f"{self.name} and {len(self.others)} more" if self.others else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ class Allocations(TorchDispatchMode):
             piece = self._pieces[index]
             if piece.kind in _UNSETTLED:
                 piece.kind, piece.name, piece.on_host = kind, name, on_host
+            elif piece.kind == kind and piece.name != name:
+                piece.others = (piece.others or set()) | {name}
 
     @contextmanager
     def within(self, origin: Origin) -> Iterator[None]:
@@ -144,7 +150,7 @@ class Allocations(TorchDispatchMode):
         """All that was found, on `device`, but what was labeled as `on_host`."""
         pieces = (
             Allocation(
-                each.kind, each.nbytes, host if each.on_host else device, each.name, each.module, each.op, each.source, each.stream
+                each.kind, each.nbytes, host if each.on_host else device, each.named(), each.module, each.op, each.source, each.stream
             )
             for each in self._pieces
         )

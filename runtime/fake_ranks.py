@@ -25,6 +25,7 @@ from ..planner.decisions import Decisions
 from ..planner.workload import Training
 from .allocations import Allocations
 from .build import Build
+from .ddp_buckets import trained, with_buckets
 from .example_inputs import example_inputs
 from .fake_step import device_of, run_fake, step_module, with_implementation
 from .fake_world import fake_world
@@ -55,6 +56,9 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
         with _propagation_apart(), fsdp_followed(found, module, copied):
             yield
 
+    if sharding.axis("shard") is None and sharding.axis("tensor") is None:
+        parameters = trained(module)
+        return with_buckets(run_fake(module, inputs, training, device), parameters, device)
     with fake_world(sharding.ranks, rank):
         if training.checkpointing == "full":
             checkpoint_layers(module)

@@ -106,6 +106,7 @@ TRY = [
  RankCase("Llama", {"dp": 2}, {}, {"implementation": "fused"}),
  RankCase("Llama", {"ddp": 2}),
 ]
+DDP = [RankCase("Llama", {"ddp": 2}), RankCase("nn.Transformer", {"ddp": 2}), RankCase("ViT", {"ddp": 2}, {}, {"optimizer":"sgd"})]
 TP = [c for c in TRY if "tp" in c.axes]
 TRY4 = [
  RankCase("Llama", {"dp": 4}), RankCase("Llama", {"dp": 4}, MIXED), RankCase("ViT", {"dp": 4}), RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}, MIXED),
@@ -114,7 +115,7 @@ TRY4 = [
  RankCase("nn.Transformer", {"dp": 2, "tp": 2}, {"tensor": _TRANSFORMER}),
  RankCase("Llama", {"dp_replicate":2, "dp_shard": 1, "tp": 2}, {"tensor": _LLAMA}),
 ]
-SETS = {"quick": QUICK, "try": TRY, "tp": TP, "try4": TRY4}
+SETS = {"quick": QUICK, "try": TRY, "tp": TP, "ddp": DDP, "try4": TRY4}
 
 
 def compared(case: RankCase) -> Found:
