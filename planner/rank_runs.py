@@ -31,9 +31,7 @@ def rank_class(graph: ParamGraph, sharding: Sharding, rank: int) -> RankClass:
     return tuple(found)
 
 
-def memory_of_ranks(
-    graph: ParamGraph, decisions: Decisions, workload: Training, run_of: Callable[[int], Timeline]
-) -> Memory:
+def memory_of_ranks(graph: ParamGraph, decisions: Decisions, workload: Training, run_of: Callable[[int], Timeline]) -> Memory:
     """The memory of training on rank 0, which holds most; that of others on demand, with one run for each class.
 
     `run_of` runs the step of one rank. Raises what it and `memory` raise.
