@@ -53,7 +53,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What is allocated while some code runs: its kind, whose it is, and in the pool of which CUDA stream, by the CPU's stand-in."""
+    """What is allocated while some code runs: its kind, whose it is, and from the pool of which CUDA stream (by its stand-in)."""
 
     kind: Kind
     name: str = ""
@@ -90,7 +90,7 @@ class Allocations(TorchDispatchMode):
 
     def __enter__(self) -> Allocations:
         self._fake_mode = active_fake_mode()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     # -- what the run tells it ------------------------------------------------------------------------------------------

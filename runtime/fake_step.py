@@ -132,7 +132,7 @@ def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> No
 
 
 def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
-    """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`), and so does a learning rate."""
+    """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`); so does a learning rate."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
