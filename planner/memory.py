@@ -17,7 +17,8 @@ from .changes import HOST, Change
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
 from .decisions import Decisions, final_device, final_dtype
-from .optimizers import OPTIMIZERS, Trained
+from .optimizer import Trained
+from .optimizers import OPTIMIZERS
 from .quantizing import Quantizing
 from .rank_memory import LOAD_NOTE, is_ddp, rank_timelines, staged
 from .training_memory import Stepped, hidden_names, training_phases

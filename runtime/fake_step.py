@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn import functional
 from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.allocations import FIRST_OPTIMIZER, OPTIMIZER, Timeline
 from ..planner.decisions import Decisions, Move
-from ..planner.optimizers import OPTIMIZERS, Trained
+from ..planner.optimizer import Trained
+from ..planner.optimizers import OPTIMIZERS
 from ..planner.workload import Training
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
@@ -78,7 +80,11 @@ def run_fake(
         _label_gradients(found, module, offload)
         found.phase(name)
 
+<<<<<<< HEAD
     with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), around(found), mode:
+=======
+    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found), mode:
+>>>>>>> wt-opt
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):
@@ -131,8 +137,13 @@ def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> No
             found.label(parameter.grad, "gradient", name, on_host=offload)
 
 
+<<<<<<< HEAD
 def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
     """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`); so does a learning rate."""
+=======
+def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+    """In host memory are step counts, unless kernels are fused (torch/optim/adam.py `_init_group`), and learning rates."""
+>>>>>>> wt-opt
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
@@ -185,6 +196,19 @@ def _generators_kept(found: Allocations) -> Iterator[None]:
             yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextmanager
+def _attention_known(found: Allocations) -> Iterator[None]:
+    """Say when attention runs, whose own ops are no function's on a stack."""
+    attend = functional.scaled_dot_product_attention
+
+    def known(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with found.attention():
+            return attend(*args, **kwargs)
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", known):
+        yield
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -309,6 +310,17 @@ def test_the_process_is_as_it_was_also_after_an_error() -> None:
         gp.trace(Failing).shard({"dp": 2}).memory(gp.Training(inputs=(torch.ones(3, 7),)), tier="T1")
     assert patched() == before and not dist.is_initialized()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_process_group_stays_behind() -> None:
+    with fake_world(4, 1):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("one", "other"))
+        names = [dist.distributed_c10d._get_default_group().group_name, *(mesh.get_group(axis).group_name for axis in range(2))]
+        for name in names:
+            assert _resolve_process_group(name).group_name == name
+    for name in names:
+        with pytest.raises(RuntimeError, match="Could not resolve the process group"):
+            _resolve_process_group(name)
 
 
 @pytest.fixture

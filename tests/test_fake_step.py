@@ -40,18 +40,12 @@ def peaks_of(plan: gp.Plan, training: gp.Training) -> Mapping[str, int]:
 # -- equal to the byte --------------------------------------------------------------------------------------------------
 
 
-NEARLY = {("Swin", "bfloat16"): {"first_step": 8192, "step": 8192}}
-"""Bytes that a fake step takes more: what a dispatch mode is called with stays until it returns, also in a real run under one."""
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_fake_step_takes_what_a_real_one_does(model: str, setting: str) -> None:
     case = MODELS[model]
     plan, training = gp.trace(case.build), gp.Training(inputs=case.inputs, **SETTINGS[setting])
-    more = NEARLY.get((model, setting), {})
-    real = {phase: nbytes + more.get(phase, 0) for phase, nbytes in measured_peaks(plan, training).items()}
-    assert peaks_of(plan, training) == real
+    assert peaks_of(plan, training) == measured_peaks(plan, training)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +125,7 @@ def normalized(value: torch.Tensor) -> tuple[Any, ...]:
     return torch.ones_like(value), value, [value.shape[-1]], mean, deviation, width, width, MASK
 
 
-CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
+CALLS: list[tuple[Any, ...]] = [
     (aten.add.Tensor, lambda: (ones(5, 7), ones(5, 7, dtype=BF16))),
     (aten.sub.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(7))),
     (aten.mul.Tensor, lambda: (ones(5, 7), 2.0)),
@@ -146,6 +140,9 @@ CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
     (aten.mm.default, lambda: (ones(1, 1).expand(5, 7), ones(7, 9))),
     (aten.mm.default, lambda: (rows(5, 7), rows(7, 9))),
     (aten.addmm.default, lambda: (ones(9), ones(5, 7), ones(1, 1).expand(7, 9))),
+    (aten.add_.Tensor, lambda: (ones(5, 7), ones(5, 7, dtype=BF16))),
+    (aten.add_.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(5, 7))),
+    (aten.add_.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(7))),
     (aten.addmm.default, lambda: (rows(64, 80), ones(64, 7), ones(7, 80))),
     (aten.clone.default, lambda: (rows(64, 80),)),
     (aten.clone.default, lambda: (rows(64, 80),), CONTIGUOUS),
