@@ -202,14 +202,10 @@ class Allocations(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
         self._settle(node)
-<<<<<<< HEAD
-        out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
-=======
         masked = self._adds_mask(func, args)
         func = torch.ops.aten.add_.Tensor if masked else func
-        out = corrected(func, args, func(*args, **(kwargs or {})), self._on_cpu)
+        out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
         out = torch.ops.aten.alias.default(out) if masked else out  # autograd expects another tensor
->>>>>>> wt-opt
         place = self._place(node)
         for each in _tensors(out):
             storage = each.untyped_storage()

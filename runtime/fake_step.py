@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -80,11 +80,10 @@ def run_fake(
         _label_gradients(found, module, offload)
         found.phase(name)
 
-<<<<<<< HEAD
-    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), around(found), mode:
-=======
-    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found), mode:
->>>>>>> wt-opt
+    kept = (_values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found))
+    with ExitStack() as stack:
+        for each in (*kept, around(found), mode):
+            stack.enter_context(each)
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):
@@ -137,13 +136,8 @@ def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> No
             found.label(parameter.grad, "gradient", name, on_host=offload)
 
 
-<<<<<<< HEAD
 def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
-    """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`); so does a learning rate."""
-=======
-def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, fused: bool) -> None:
     """In host memory are step counts, unless kernels are fused (torch/optim/adam.py `_init_group`), and learning rates."""
->>>>>>> wt-opt
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
