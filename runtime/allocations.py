@@ -216,7 +216,7 @@ class Allocations(TorchDispatchMode):
         return out
 
     def _adds_mask(self, func: Any, args: Any) -> bool:
-        """Whether attention adds its mask to the scores, which it does in place where no tensor is of a subclass, as fake ones are.
+        """Whether attention adds its mask to scores: in place where no tensor is of a subclass, which fake ones are.
 
         aten/src/ATen/native/transformers/attention.cpp `_scaled_dot_product_attention_math`.
         """
