@@ -11,6 +11,7 @@
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `verdict`: whether they fit a cluster;
 * `allocations`: what a training step allocates and releases, as a run of it without memory found;
+* `rank_runs`: one such run for each class of ranks;
 * `records`: what all that is saved is made of.
 """
 

@@ -97,7 +97,7 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
         stepped = _stepped(held, graph, decisions, workload)
-        buckets = [each.gradient for each in stepped] if _is_ddp(decisions) else []
+        buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
         phases, state = training_phases([*padded, *buckets], stepped, workload)
         found.update(phases)
     saved = [*weights, *state]
@@ -117,7 +117,7 @@ def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, work
     return found
 
 
-def _is_ddp(decisions: Decisions) -> bool:
+def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
     return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None
