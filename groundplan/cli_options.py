@@ -29,7 +29,7 @@ Train = Annotated[
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Samples on one device; with --train.")]
 SeqLen = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sample; with --train.")]
 Autocast = Annotated[str | None, typer.Option(metavar="DTYPE", help="Train under torch.autocast: bfloat16 or float16.")]
-Checkpointing = Annotated[str | None, typer.Option(metavar="HOW", help=f"Of activations: {', '.join(get_args(Known))}.")]
+Checkpointing = Annotated[str | None, typer.Option(metavar="HOW", help=f"Checkpoint activations: {', '.join(get_args(Known))}.")]
 Clip = Annotated[float | None, typer.Option("--clip-grad-norm", metavar="NORM", help="Clip the gradients to this norm.")]
 TierOption = Annotated[
     str, typer.Option(metavar="TIER", help="T0: closed form. T1: a run on fake tensors. T2: that and the caching allocator.")

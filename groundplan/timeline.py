@@ -42,7 +42,7 @@ COLORS = {
     "KV cache": Color("#882255", "#b23a76"),
     "gathered parameter": Color("#aa4499", "#d06cc0"),
     "communication buffer": Color("#117733", "#1e8c45"),
-    "temporary": Color("#b5b9bf", "#7b828b"),
+    "temporary": Color("#c8ccd1", "#c8ccd1"),
     TENSORS: Color("#4a7ebb", "#5b93d3"),
 }
 """After Paul Tol's "muted" scheme (2021), made to be told apart with any color vision."""
