@@ -54,8 +54,8 @@ print(json.dumps(found))
 def llama() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=16_000, num_key_value_heads=4, **sizes))
+    config = LlamaConfig(vocab_size=16_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6)
+    return LlamaForCausalLM(config)
 
 
 def tokens() -> dict[str, torch.Tensor]:
