@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
 from ..tracer.graph import Frame
+from .cuda_scratch import cuda_scratch_bytes
 from .scratch import corrected, kept_number, scratch_bytes
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -143,7 +144,14 @@ class Allocations(TorchDispatchMode):
         """All that was found, on `device`, but what was labeled as `on_host`."""
         pieces = (
             Allocation(
-                each.kind, each.nbytes, host if each.on_host else device, each.name, each.module, each.op, each.source, each.stream
+                each.kind,
+                each.nbytes,
+                host if each.on_host else device,
+                each.name,
+                each.module,
+                each.op,
+                each.source,
+                each.stream,
             )
             for each in self._pieces
         )
@@ -169,6 +177,8 @@ class Allocations(TorchDispatchMode):
                 self._born(storage, str(func.overloadpacket).removeprefix("aten."), *place)
         if self._on_cpu or self._on_host:
             self._take_scratch(func, args, kwargs or {}, out, node, place)
+        else:
+            self._take(cuda_scratch_bytes(func, args, out), func, place)
         return out
 
     def _settle(self, node: Any) -> None:
@@ -191,8 +201,12 @@ class Allocations(TorchDispatchMode):
         if kept:
             number = _AGAIN if node is not None else torch._C._autograd._get_sequence_nr() - 1
             self._numbers.setdefault(number, []).append(self._add(_Piece(kept, f"{op}'s number", *place, "activation")))
-        nbytes = scratch_bytes(func, args, out) - kept + (0 if beside is None else beside(func, args, out))
+        self._take(scratch_bytes(func, args, out) - kept + (0 if beside is None else beside(func, args, out)), func, place)
+
+    def _take(self, nbytes: int, func: Any, place: tuple[str, Frame | None]) -> None:
+        """Memory that a kernel takes and gives back."""
         if nbytes > 0:
+            op = str(func.overloadpacket).removeprefix("aten.")
             self._gone(self._add(self._piece(nbytes, f"{op}'s scratch", *place)))
 
     def _born(self, storage: torch.UntypedStorage, op: str, module: str, source: Frame | None) -> int:

@@ -47,9 +47,19 @@ def cuda_kernels() -> Iterator[None]:
                     library.impl(name, _for_fakes(name, kernel), "AutogradCPU")
                 for name, kernel in AUTOCAST.items():
                     library.impl(name, kernel, "AutocastCPU")
+                for name in _converted_on_the_cpu_only():
+                    library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
             yield
         finally:
             library._destroy()
+
+
+@functools.cache
+def _converted_on_the_cpu_only() -> list[str]:
+    """The ops that autocast converts on the CPU and not on CUDA, by torch's own table of kernels."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and has(name, "AutocastCPU"))
+    return [name.removeprefix("aten::") for name in names if not has(name, "AutocastCUDA")]
 
 
 def _for_fakes(name: str, kernel: Kernel) -> Kernel:

@@ -25,6 +25,7 @@ from ..planner.workload import Implementation, Training
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
 from .build import Build
+from .cuda_kernels import cuda_kernels
 from .example_inputs import example_inputs
 from .fake_tensors import fake_inputs, make_fake, tensors_of
 from .meta import forget, meta_module
@@ -75,7 +76,8 @@ def run_fake(
         _label_gradients(found, module, offload)
         found.phase(name)
 
-    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), around(found), mode:
+    chosen = cuda_kernels() if device.startswith("cuda") else nullcontext()
+    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), chosen, around(found), mode:
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):
@@ -125,9 +127,7 @@ def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> No
             found.label(parameter.grad, "gradient", name, on_host=offload)
 
 
-def _label_state(
-    found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool
-) -> None:
+def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
     """Adam's step counts stay in host memory, unless its kernels are fused (torch/optim/adam.py `_init_group`)."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():

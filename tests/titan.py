@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -55,13 +56,6 @@ class Norm(nn.Module):
         return value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
-def turned(value: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding of queries or keys, [batch, length, heads, size], by complex numbers of [length, size / 2]."""
-    pairs = torch.view_as_complex(value.float().reshape(*value.shape[:-1], -1, 2))
-    angles = angles[: value.shape[1]].view(1, value.shape[1], 1, pairs.shape[-1])
-    return torch.view_as_real(pairs * angles).flatten(3).type_as(value)
-
-
 def repeated(value: torch.Tensor, times: int) -> torch.Tensor:
     """Each head of keys or values as often as there are queries for it."""
     batch, length, heads, size = value.shape
@@ -92,7 +86,7 @@ class Attention(nn.Module):
 
 
 def _both_turned(xq: torch.Tensor, xk: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`apply_rotary_emb`: what is made of one lives while the other is made."""
+    """The rotary embedding of both, [batch, length, heads, size], by complex numbers of [length, size / 2]."""
     pairs_q = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))
     pairs_k = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))
     angles = angles[: xq.shape[1]].view(1, xq.shape[1], 1, pairs_q.shape[-1])
@@ -146,3 +140,71 @@ def _angles(sizes: Sizes) -> torch.Tensor:
     speeds = 1.0 / (500_000 ** (torch.arange(0, size, 2).float() / size))
     turns = torch.outer(torch.arange(sizes.length), speeds).float()
     return torch.polar(torch.ones_like(turns), turns)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of `train.py`: in float32, as one row of logits for each token."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1))
+
+
+class Trained(nn.Module):
+    """The loss of tokens and labels; the logits go as soon as there is one (`del pred`)."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self.model(tokens), labels)
+
+
+# -- how it is prepared -------------------------------------------------------------------------------------------------
+
+
+def prepared(module: Llama, mesh: DeviceMesh, checkpointing: str) -> Llama:
+    """`parallelize_llama` for data parallelism alone: every block checkpointed, then FSDP2 around each, and around all.
+
+    The last block is not resharded after its forward. The root never was at that time, whatever was asked for
+    (`FSDPState._lazy_init` set `post_forward_mesh_info` to None); torch does as it is told since, so it is told.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    blocks = module.layers
+    for name in blocks:
+        blocks[name] = checkpointed(blocks[name], checkpointing)
+        fully_shard(blocks[name], mesh=mesh, mp_policy=precision, reshard_after_forward=int(name) < len(blocks) - 1)
+    fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    return module
+
+
+def checkpointed(block: nn.Module, checkpointing: str) -> nn.Module:
+    """`_apply_ac_to_transformer_block`: `full`, or `selective` by op."""
+    if checkpointing == "full":
+        return checkpoint_wrapper(block, preserve_rng_state=False)
+    return checkpoint_wrapper(block, context_fn=_kept_by_op, preserve_rng_state=False)
+
+
+KEPT = frozenset(
+    {
+        aten.mm.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        aten.abs.default,
+        aten.max.default,
+    }
+)
+"""The ops whose results are kept (`_save_list`); of the products of matrices every other one."""
+
+
+def _kept_by_op() -> Any:
+    return create_selective_checkpoint_contexts(_policy(defaultdict(int)))
+
+
+def _policy(products: dict[bool, int]) -> Callable[..., CheckpointPolicy]:
+    def policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if func is aten.mm.default:
+            products[context.is_recompute] += 1
+        second = func is aten.mm.default and products[context.is_recompute] % 2 == 0
+        return CheckpointPolicy.MUST_SAVE if func in KEPT and not second else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
