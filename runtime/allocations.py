@@ -144,14 +144,7 @@ class Allocations(TorchDispatchMode):
         """All that was found, on `device`, but what was labeled as `on_host`."""
         pieces = (
             Allocation(
-                each.kind,
-                each.nbytes,
-                host if each.on_host else device,
-                each.name,
-                each.module,
-                each.op,
-                each.source,
-                each.stream,
+                each.kind, each.nbytes, host if each.on_host else device, each.name, each.module, each.op, each.source, each.stream
             )
             for each in self._pieces
         )

@@ -39,7 +39,7 @@ def cuda_kernels() -> Iterator[None]:
     Runs of other threads wait: torch has one table of kernels for the process.
     """
     with _one_run:
-        library = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+        library = torch.library.Library("aten", "IMPL")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a kernel has been there before

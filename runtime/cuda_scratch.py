@@ -44,7 +44,7 @@ def _flash_attention_backward(args: Any, out: Any) -> int:
     aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp `mha_bwd`: `dq_accum`, `softmax_d`, `dk_expanded`,
     `dv_expanded`; cuda/attention_backward.cu `_flash_attention_backward`: the output and its gradient are made contiguous.
     """
-    gradient, query, key, value, result = args[:5]
+    gradient, query, key, result = args[0], args[1], args[2], args[4]
     batch, heads, length, size = query.shape
     rows, columns = _rounded(length, 128), _rounded(size, 32) if size <= 192 else 256
     found = 4 * batch * heads * rows * (columns + 1)

@@ -127,7 +127,9 @@ def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> No
             found.label(parameter.grad, "gradient", name, on_host=offload)
 
 
-def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
+def _label_state(
+    found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool
+) -> None:
     """Adam's step counts stay in host memory, unless its kernels are fused (torch/optim/adam.py `_init_group`)."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():

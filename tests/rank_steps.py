@@ -76,13 +76,7 @@ class RankCase:
 
 
 MIXED = {"compute_dtype": BF16, "reduce_dtype": F32}
-QUICK = [
-    RankCase("Llama", {"dp": 2}),
-    RankCase("Llama", {"dp": 2}, MIXED),
-    RankCase("BERT", {"dp": 2}),
-    RankCase("nn.Transformer", {"dp": 2}),
-    RankCase("ViT", {"dp": 2}, MIXED),
-]
+QUICK = [RankCase("Llama", {"dp": 2}), RankCase("Llama", {"dp": 2}, MIXED), RankCase("BERT", {"dp": 2}), RankCase("nn.Transformer", {"dp": 2}), RankCase("ViT", {"dp": 2}, MIXED)]
 SETS = {"quick": QUICK}
 
 
@@ -92,12 +86,9 @@ def compared(case: RankCase) -> Found:
         plan, training = case.plan(), case.workload()
         with plain_kernels():
             from groundplan.runtime.fake_ranks import fake_rank_step
-
             run = fake_rank_step(plan._bound, plan.decisions, training, dist.get_rank())
             with works_given_back():
-                real = measured_peaks(
-                    plan, training, mesh=init_device_mesh("cpu", tuple(case.axes.values()), mesh_dim_names=tuple(case.axes))
-                )
+                real = measured_peaks(plan, training, mesh=init_device_mesh("cpu", tuple(case.axes.values()), mesh_dim_names=tuple(case.axes)))
         return {"case": str(case), "fake": {phase: devices["cpu"] for phase, devices in run.peaks.items()}, "real": real}
     except Exception:
         return {"case": str(case), "error": traceback.format_exc()}
