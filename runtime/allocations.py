@@ -28,6 +28,7 @@ from .scratch import corrected, kept_number, scratch_bytes
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
 _UNSETTLED = ("temporary", "activation", "communication buffer")  # FSDP's gradients are views of what is reduced
 
@@ -159,6 +160,8 @@ class Allocations(TorchDispatchMode):
             return NotImplemented  # a DTensor makes of it the ops on what this rank holds, which come here again
         if func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
             return func(*args, **(kwargs or {}))  # of another mode is what DTensor tries to learn the whole's shape
+        if func is _WAIT:
+            return args[0]  # which the fake op makes a copy of
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
         self._settle(node)

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _functional_collectives
 from torch.distributed.device_mesh import init_device_mesh
 
 import groundplan as gp
@@ -27,6 +28,7 @@ import groundplan as gp
 from . import jobs
 from .measured_steps import MODELS, measured_peaks, plain_kernels
 
+_PAUSE = 0.01  # seconds
 BF16, F32 = torch.bfloat16, torch.float32
 Found = dict[str, Any]
 
@@ -37,14 +39,18 @@ def works_given_back() -> Iterator[None]:
 
     A thread of gloo lets go of a work a moment after it has said that the work is done; whoever lets go last frees its tensors.
     """
-    wait = dist.Work.wait
+    wait, wait_tensor = dist.Work.wait, _functional_collectives.wait_tensor
 
     def waited(work: dist.Work, *args: Any) -> Any:
         done = wait(work, *args)
-        time.sleep(0.01)
+        time.sleep(_PAUSE)
         return done
 
-    with mock.patch.object(dist.Work, "wait", waited):
+    def waited_for(tensor: torch.Tensor) -> torch.Tensor:
+        dist.barrier()  # the others are as far as that, so the work is done after the pause
+        return wait_tensor(tensor)
+
+    with mock.patch.object(dist.Work, "wait", waited), mock.patch.object(_functional_collectives, "wait_tensor", waited_for):
         yield
 
 
@@ -76,8 +82,39 @@ class RankCase:
 
 
 MIXED = {"compute_dtype": BF16, "reduce_dtype": F32}
+_LLAMA = {
+    "model.layers.*.self_attn.[qkv]_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.gate_proj": "colwise",
+    "model.layers.*.mlp.up_proj": "colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
+_TRANSFORMER = {"*coder.layers.*.linear1": "colwise", "*coder.layers.*.linear2": "rowwise"}
+_VOCABULARY = {"model.embed_tokens": "embedding_rowwise", "lm_head": "colwise_gather_output"}
 QUICK = [RankCase("Llama", {"dp": 2}), RankCase("Llama", {"dp": 2}, MIXED), RankCase("BERT", {"dp": 2}), RankCase("nn.Transformer", {"dp": 2}), RankCase("ViT", {"dp": 2}, MIXED)]
-SETS = {"quick": QUICK}
+TRY = [
+ RankCase("Llama", {"tp": 2}, {"tensor": "auto"}),
+ RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA}),
+ RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA | _VOCABULARY}),
+ RankCase("nn.Transformer", {"tp": 2}, {"tensor": _TRANSFORMER}),
+ RankCase("Llama", {"dp": 2}, {"reshard": False}),
+ RankCase("Llama", {"dp": 2}, {"compute_dtype": BF16}),
+ RankCase("Llama", {"dp": 2}, {"offload": True}),
+ RankCase("Llama", {"dp": 2}, MIXED, {"checkpointing": "full", "clip_grad_norm": 1.0}),
+ RankCase("nn.Transformer", {"dp": 2}, {}, {"checkpointing": "full", "optimizer": "sgd-momentum"}),
+ RankCase("Llama", {"dp": 2}, {}, {"implementation": "foreach"}),
+ RankCase("Llama", {"dp": 2}, {}, {"implementation": "fused"}),
+ RankCase("Llama", {"ddp": 2}),
+]
+TP = [c for c in TRY if "tp" in c.axes]
+TRY4 = [
+ RankCase("Llama", {"dp": 4}), RankCase("Llama", {"dp": 4}, MIXED), RankCase("ViT", {"dp": 4}), RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}, MIXED),
+ RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}),
+ RankCase("Llama", {"dp": 4}, {"reshard": 2}), RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": _LLAMA}),RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": "auto", **MIXED}),
+ RankCase("nn.Transformer", {"dp": 2, "tp": 2}, {"tensor": _TRANSFORMER}),
+ RankCase("Llama", {"dp_replicate":2, "dp_shard": 1, "tp": 2}, {"tensor": _LLAMA}),
+]
+SETS = {"quick": QUICK, "try": TRY, "tp": TP, "try4": TRY4}
 
 
 def compared(case: RankCase) -> Found:
