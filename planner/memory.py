@@ -111,6 +111,12 @@ class Memory:
         """The devices that anything is held on, by name."""
         return sorted({device for found in self.by_device.values() for device in found})
 
+    def at_peak(self) -> list[Allocation]:
+        """What is there at the peak, the largest first; nothing where the peak is in no phase of a run."""
+        if self.run is None or self.binding.phase not in self.run.peaks:
+            return []
+        return self.run.at_peak(_run_phase(self), self.binding.device)
+
     def series(self, device: str | None = None) -> Series | None:
         """What is held on a device over time, by kind, at the moments that a drawing needs; of the binding device if None.
 
@@ -162,12 +168,12 @@ class Memory:
             }
         if self.closed_form is not None:
             found["closed_form"] = self.closed_form.to_json()
-        if self.run is not None and binding.phase in self.run.peaks:
-            found["at_peak"] = [each.to_json() for each in self.run.at_peak(_run_phase(self), binding.device)]
+        if at_peak := self.at_peak():
+            found["at_peak"] = [each.to_json() for each in at_peak]
         return found
 
-    def _columns(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """What the table shows: a title, and bytes by phase."""
+    def columns(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """What tables of it show: a title, and bytes by phase."""
         for device in self.devices:
             yield device, {phase: found.get(device, 0) for phase, found in self.by_device.items()}
             usages = {phase: found[device] for phase, found in self.reserved.items() if device in found}
@@ -180,7 +186,7 @@ class Memory:
             yield f"{device}, {closed.tier}", {phase: found.get(device, 0) for phase, found in closed.by_device.items()}
 
     def __str__(self) -> str:
-        columns = list(self._columns())
+        columns = list(self.columns())
         rows = [["phase", *(title for title, _ in columns)]]
         for phase in self.by_device:
             rows.append([phase, *(human_bytes(found.get(phase, 0)) for _, found in columns)])
