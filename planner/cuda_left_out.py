@@ -20,8 +20,9 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
 """What is not known, and the ops (as `Allocation.op` names them) that it is of.
 
 Convolutions: aten/src/ATen/native/cudnn/Conv_v8.cpp `run_conv_plan`; recurrent layers: cudnn/RNN.cpp `_cudnn_rnn` (`reserve`);
-attention: cudnn/MHA.cpp, cuda/attention_backward.cu `_efficient_attention_backward` (`workspace`); batch norms: cudnn/BatchNorm.cpp
-`cudnn_batch_norm` (`reserve`); sorting: cuda/Sort.cu, cuda/Indexing.cu `index_put_with_sort_kernel`, cub's temporary storage.
+attention: cudnn/MHA.cpp, and cuda/attention_backward.cu `_efficient_attention_backward` (`workspace`); batch norms:
+cudnn/BatchNorm.cpp `cudnn_batch_norm` (`reserve`); sorting: cuda/Sort.cu, cuda/Indexing.cu `index_put_with_sort_kernel`, and
+cub's temporary storage.
 """
 
 

@@ -15,8 +15,8 @@ from ..tracer.graph import ParamGraph
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .allocator_events import Usage
 from .cluster import Cluster, cluster_of
-from .cuda_left_out import left_out_of
 from .construct import Walk, memory_device
+from .cuda_left_out import left_out_of
 from .decisions import Decisions, final_device, final_dtype
 from .quantizing import Quantizing
 from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
@@ -412,7 +412,7 @@ def _run_notes(device: str, workload: Training) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):
-        yield "the run chose CUDA's kernels where they keep otherwise than the CPU's; attention is taken to be flash or memory-efficient"
+        yield "kernels are those of CUDA where they keep otherwise than the CPU's; cuDNN's attention counts as the next in order"
     else:
         yield "workspaces of oneDNN are not included"
     if workload.loss is None:

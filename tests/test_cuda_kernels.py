@@ -1,4 +1,4 @@
-"""The table of corrections for CUDA: what is chosen, kept and taken there, against torch's own statements and, on a GPU, its memory."""
+"""The table of corrections for CUDA: what is chosen, kept and taken there, against torch's sources and, on a GPU, its memory."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def called(
     mask: bool = False,
     **options: Any,
 ) -> Attended:
-    made = [torch.empty(each, dtype=dtype) for each in (shape, keys or shape, values or keys or shape)]
+    q, k, v = (torch.empty(each, dtype=dtype) for each in (shape, keys or shape, values or keys or shape))
     given = torch.ones(shape[-2], (keys or shape)[-2], dtype=torch.bool) if mask else None
-    return Attended(*made, given, **{"dropout": 0.0, "causal": False, "scale": None, "grouped": False, **options})
+    return Attended(q, k, v, given, **{"dropout": 0.0, "causal": False, "scale": None, "grouped": False, **options})
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ ROWS = BATCH * HEADS * LENGTH
 
 
 def test_flash_attention_keeps_a_number_for_each_row() -> None:
-    """derivatives.yaml: q, k, v, output, logsumexp, seed and offset, which are three numbers of 64 bits (flash_api.cpp `mha_fwd`)."""
+    """derivatives.yaml: q, k, v, output, logsumexp, seed and offset: three numbers of 64 bits (flash_api.cpp `mha_fwd`)."""
     forward, backward, held = followed(F.scaled_dot_product_attention, *ATTENDED)
     assert forward.ops[0] == "_scaled_dot_product_flash_attention"
     assert "_scaled_dot_product_flash_attention_backward" in backward.ops
@@ -322,11 +322,11 @@ def test_weights_are_converted_once() -> None:
 
 
 def test_real_tensors_meet_no_change() -> None:
-    values = [torch.randn(2, 4, 16, 8) for _ in range(3)]
-    before = F.scaled_dot_product_attention(*values), F.softmax(values[0].half(), -1, dtype=F32)
+    q, k, v = (torch.randn(2, 4, 16, 8) for _ in range(3))
+    before = F.scaled_dot_product_attention(q, k, v), F.softmax(q.half(), -1, dtype=F32)
     with cuda_kernels():
         torch.manual_seed(0)
-        inside = F.scaled_dot_product_attention(*values), F.softmax(values[0].half(), -1, dtype=F32)
+        inside = F.scaled_dot_product_attention(q, k, v), F.softmax(q.half(), -1, dtype=F32)
         dropped = F.dropout(torch.ones(1000), 0.5)
     torch.manual_seed(0)
     assert all(torch.equal(one, other) for one, other in zip(before, inside, strict=True))
@@ -479,8 +479,8 @@ class Layer(nn.Module):
         self.norm, self.qkv, self.out = nn.RMSNorm(64), nn.Linear(64, 192, bias=False), nn.Linear(64, 64, bias=False)
 
     def forward(self, value: torch.Tensor) -> Any:
-        parts = self.qkv(self.norm(value)).view(2, 32, 3, 4, 16).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).reshape(2, 32, 64)
+        q, k, v = self.qkv(self.norm(value)).view(2, 32, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 32, 64)
         return value + F.dropout(self.out(attended), 0.1)
 
 

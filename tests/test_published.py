@@ -13,9 +13,8 @@ from groundplan.planner.allocations import STEP
 from . import titan
 from .published import ALLOCATORS, RUNS, Published, reserved, step_of
 
-SMALL = Published(
-    "small", titan.Sizes(width=64, layers=4, heads=4, kv_heads=2, hidden=192, words=1000, length=128), 4, 2, "selective", 0
-)
+SIZES = titan.Sizes(width=64, layers=4, heads=4, kv_heads=2, hidden=192, words=1000, length=128)
+SMALL = Published("small", SIZES, gpus=4, batch=2, checkpointing="selective", gib=0)
 TOKENS = SMALL.batch * SMALL.sizes.length
 
 
@@ -104,7 +103,7 @@ def transformers_llama(sizes: titan.Sizes) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         tie_word_embeddings=False,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config)
 
 
 NAMES = {
@@ -135,10 +134,10 @@ def their_name(name: str) -> str:
 
 def their_state(model: titan.Llama, sizes: titan.Sizes) -> dict[str, torch.Tensor]:
     """The weights, with queries and keys in transformers' order: halves where ours has pairs."""
-    found = dict(model.named_parameters())
+    found = {name: value.detach() for name, value in model.named_parameters()}
     for name, value in found.items():
         heads = {"wq.weight": sizes.heads, "wk.weight": sizes.kv_heads}.get(".".join(name.split(".")[-2:]))
         if heads:
             size = sizes.width // sizes.heads
             found[name] = value.view(heads, size // 2, 2, sizes.width).transpose(1, 2).reshape(value.shape)
-    return {name: value.detach() for name, value in found.items()}
+    return found
