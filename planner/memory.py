@@ -16,6 +16,7 @@ from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .allocator_events import Usage
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
+from .cuda_left_out import left_out_of
 from .decisions import Decisions, final_device, final_dtype
 from .quantizing import Quantizing
 from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
@@ -25,6 +26,9 @@ from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
 
 _SHOWN_TENSORS = 10
+
+RESERVED = "what CUDA's caching allocator reserves beside"
+"""Left out of tier T1: a fifth of the active bytes and more (docs/decisions/021-published-runs.md). Tier T2 has it."""
 
 
 class RankError(GroundplanError, IndexError):
@@ -328,7 +332,8 @@ def memory_of_run(graph: ParamGraph, decisions: Decisions, workload: Training, r
     tensors = weights.binding.tensors
     if phase in run.peaks:
         tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
-    left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
+    on_cuda = any(map(_is_cuda, by_device["step"]))
+    left_out = (RESERVED, *left_out_of(each.op for each in run.allocations)) if on_cuda else ()
     binding = replace(found.binding, tensors=tensors)
     return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
 
@@ -407,11 +412,9 @@ def _run_notes(device: str, workload: Training) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):
-        yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
+        yield "kernels are those of CUDA where they keep otherwise than the CPU's; cuDNN's attention counts as the next in order"
     else:
         yield "workspaces of oneDNN are not included"
-    if workload.autocast is not None and device.startswith("cuda"):
-        yield "autocast converts what it does on the CPU"
     if workload.loss is None:
         yield "the loss is the output's own, or else the sum of the outputs"
 

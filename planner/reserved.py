@@ -18,7 +18,7 @@ from .allocator_config import AllocatorConfig, AllocatorError
 from .allocator_driver import Device
 from .allocator_events import Allocate, Event, Free, Replayed, Usage
 from .decisions import Decisions
-from .memory import Memory, check_rank, human_bytes, timelines_of
+from .memory import RESERVED, Memory, check_rank, human_bytes, timelines_of
 from .rank_memory import Change
 from .replayed_run import HANDLES, Allocator, ReplayedRun, is_cuda, replay_run
 from .workload import Training
@@ -88,6 +88,7 @@ def with_reserved(
         allocator=allocator,
         replayed=replayed,
         of_rank=None if found.of_rank is None else of_rank,
+        left_out=tuple(each for each in found.left_out if each != RESERVED),
         notes=(*found.notes, *_notes(found, allocator)),
     )
 
