@@ -17,17 +17,18 @@ import typer
 import groundplan as gp
 
 from .planner.allocator_config import AllocatorConfig
+from .planner.optimizers import OPTIMIZERS
 from .planner.tiers import Tier
-from .planner.workload import COPIES
 from .planner.workload import Checkpointing as Known
 from .tracer.errors import DecisionError, GroundplanError, nearest
 
 Train = Annotated[
     str | None,
-    typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(COPIES)}."),
+    typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not the weights alone: {', '.join(OPTIMIZERS)}."),
 ]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Samples on one device; with --train.")]
 SeqLen = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sample; with --train.")]
+Accumulate = Annotated[int | None, typer.Option(metavar="N", help="Micro-batches of a step; with --train.")]
 Autocast = Annotated[str | None, typer.Option(metavar="DTYPE", help="Train under torch.autocast: bfloat16 or float16.")]
 Checkpointing = Annotated[str | None, typer.Option(metavar="HOW", help=f"Checkpoint activations: {', '.join(get_args(Known))}.")]
 Clip = Annotated[float | None, typer.Option("--clip-grad-norm", metavar="NORM", help="Clip the gradients to this norm.")]

@@ -11,7 +11,7 @@ from .page_parts import bar, bytes_cell, count_cell, heading, section, square, s
 from .planner.allocations import Allocation
 from .planner.allocator_events import Usage
 from .planner.memory import Memory
-from .planner.rank_classes import RankClass
+from .planner.ranks_alike import RanksAlike
 from .planner.series import Series
 from .timeline import class_of, describe, drawing
 from .units import format_bytes
@@ -83,7 +83,7 @@ def over_time(report: Report) -> Iterator[Markup]:
     yield section("Memory over time", how, *parts)
 
 
-def _timelines(each: RankClass, report: Report) -> Iterator[Markup]:
+def _timelines(each: RanksAlike, report: Report) -> Iterator[Markup]:
     name = each.describe() if report.memory.ranks > 1 else ""
     for series in _drawn(each.memory):
         caption = element("figcaption", describe(series, name))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groundplan.planner.allocations import STEP, Allocation, Kind, Moment, Timeline
-from groundplan.planner.rank_memory import Change
+from groundplan.planner.changes import Change
 from groundplan.planner.replayed_run import replay_run
 from groundplan.planner.series import POINTS, TENSORS, Point, Series, series_of_changes, series_of_run
 
