@@ -175,7 +175,10 @@ def _allocations(groups: Sequence[_Group]) -> Iterator[Markup]:
     head = [heading(name, name in ("count", "bytes"), sort=True) for name in names]
     rows = []
     for origin, pieces, nbytes in groups[:_SHOWN_ALLOCATIONS]:
-        cells = [element("td", square(class_of(origin.kind)), origin.kind), element("td", origin.name, class_="name")]
+        cells = [
+            element("td", square(class_of(origin.kind)), origin.kind, class_="kind"),
+            element("td", origin.name, class_="name"),
+        ]
         cells += [element("td", element("code", origin.op), class_="op"), element("td", origin.source, class_="source")]
         rows.append(element("tr", *cells, count_cell(pieces), bytes_cell(nbytes)))
     yield table(_AT_PEAK, head, rows)

@@ -27,6 +27,7 @@ from .scratch import corrected, kept_number, scratch_bytes
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_STANDING_IN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cuda_")  # files that call ops in the module's place
 _AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 _ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
@@ -283,9 +284,9 @@ def _line(frame: Any) -> Frame | None:
     """The innermost line that is not torch's; None where there is none below the step itself."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OURS):
+        if file.startswith(_OURS) and not file.startswith(_STANDING_IN):
             return None
-        if not file.startswith((_TORCH, "<")):
+        if not file.startswith((_TORCH, _OURS, "<")):
             return Frame(os.path.basename(file), frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
     return None

@@ -185,6 +185,25 @@ def test_the_page_lists_what_is_there_at_the_peak(report: gp.Report, text: str) 
     assert "addmm" in page.text["code"]
 
 
+class Softmax(nn.Module):
+    """Under autocast its op runs in float32, which a conversion of ours sees to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.up(x), dim=-1)
+
+
+def test_under_autocast_an_op_has_the_line_that_called_it() -> None:
+    workload = gp.Training(inputs=lambda: (torch.ones(4, 8),), autocast=torch.bfloat16)
+    run = gp.trace(Softmax).to("cuda").memory(workload, tier="T1").run
+    assert run is not None
+    lines = {each.source for each in run.allocations if each.op == "_log_softmax"}
+    assert [line and line.function for line in lines] == ["forward"]
+
+
 def test_ranks_that_differ_have_a_drawing_each(tmp_path: Path) -> None:
     report = gp.trace(nn.Linear, 64, 7).to("cuda").shard({"dp": 3}, units=()).report(gp.Training())
     assert [each.ranks for each in report.rank_classes] == [(0, 1), (2,)]
