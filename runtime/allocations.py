@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
 from ..tracer.graph import Frame
 from .cuda_scratch import cuda_scratch_bytes
+from .fake_ops import called
 from .scratch import corrected, kept_number, scratch_bytes
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -193,7 +194,7 @@ class Allocations(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
         self._settle(node)
-        out = corrected(func, args, func(*args, **(kwargs or {})), self._on_cpu)
+        out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
         place = self._place(node)
         for each in _tensors(out):
             storage = each.untyped_storage()

@@ -90,7 +90,7 @@ def run_fake(
         handles = found.follow(module)
         try:
             with found:
-                stepping = functools.partial(on_fake_tensors, training, found.uncounted, found.taken)
+                stepping = functools.partial(on_fake_tensors, training, device != _HOST, found.uncounted, found.taken)
                 run_training(module, faked, training, phase, optimizers.append, stepping)
         finally:
             for handle in handles:
