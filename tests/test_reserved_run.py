@@ -198,6 +198,19 @@ def test_ranks_have_it_each() -> None:
     assert sizes == [found.rank(rank).by_device["step"]["cuda:0"] for rank in range(3)] and sizes[0] > sizes[2]
 
 
+def test_ranks_that_run_have_it_each() -> None:
+    plan = gp.trace(net).to("cuda").shard({"dp": 3})
+    found = plan.memory(training(), tier="T2", cluster="A100-80GB")
+    assert found.tier == found.rank(2).tier == "T2" and found.rank(2).run != found.run
+    streams = {each.stream for each in run_of(found).allocations}
+    assert len(streams) > 1, "what is gathered comes from another stream's pool"
+    for rank in (0, 2):
+        memory = found.rank(rank)
+        usage = memory.reserved["step"]["cuda:0"]
+        assert usage.requested == memory.by_device["step"]["cuda:0"] + sum(Allocator.of(None, "A100-80GB").workspaces)
+    assert found.rank(2).reserved["step"]["cuda:0"].requested < found.reserved["step"]["cuda:0"].requested
+
+
 def test_it_is_shown() -> None:
     found = memory()
     head, *rows = str(found).splitlines()
