@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
 from ..tracer.graph import Frame
+from .cuda_scratch import cuda_scratch_bytes
 from .fake_ops import called
 from .scratch import corrected, kept_number, scratch_bytes
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_STANDING_IN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cuda_")  # files that call ops in the module's place
 _AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 _ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
@@ -213,6 +215,8 @@ class Allocations(TorchDispatchMode):
                 self._born(storage, str(func.overloadpacket).removeprefix("aten."), *place)
         if self._on_cpu or self._on_host:
             self._take_scratch(func, args, kwargs or {}, out, node, place)
+        else:
+            self._take(cuda_scratch_bytes(func, args, out), func, place)
         return out
 
     def _adds_mask(self, func: Any, args: Any) -> bool:
@@ -245,8 +249,12 @@ class Allocations(TorchDispatchMode):
         if kept:
             number = _AGAIN if node is not None else torch._C._autograd._get_sequence_nr() - 1
             self._numbers.setdefault(number, []).append(self._add(_Piece(kept, f"{op}'s number", *place, "activation")))
-        nbytes = scratch_bytes(func, args, out) - kept + (0 if beside is None else beside(func, args, out))
+        self._take(scratch_bytes(func, args, out) - kept + (0 if beside is None else beside(func, args, out)), func, place)
+
+    def _take(self, nbytes: int, func: Any, place: tuple[str, Frame | None]) -> None:
+        """Memory that a kernel takes and gives back."""
         if nbytes > 0:
+            op = str(func.overloadpacket).removeprefix("aten.")
             self._gone(self._add(self._piece(nbytes, f"{op}'s scratch", *place)))
 
     def _born(self, storage: torch.UntypedStorage, op: str, module: str, source: Frame | None) -> int:
@@ -300,9 +308,9 @@ def _line(frame: Any) -> Frame | None:
     """The innermost line that is not torch's; None where there is none below the step itself."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OURS):
+        if file.startswith(_OURS) and not file.startswith(_STANDING_IN):
             return None
-        if not file.startswith((_TORCH, "<")):
+        if not file.startswith((_TORCH, _OURS, "<")):
             return Frame(os.path.basename(file), frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
     return None

@@ -29,6 +29,7 @@ from ..planner.workload import Training
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
 from .build import Build
+from .cuda_kernels import cuda_kernels
 from .example_inputs import example_inputs
 from .fake_tensors import fake_inputs, make_fake, tensors_of
 from .meta import forget, meta_module
@@ -80,9 +81,10 @@ def run_fake(
         _label_gradients(found, module, offload)
         found.phase(name)
 
+    chosen = cuda_kernels() if device.startswith("cuda") else nullcontext()
     kept = (_values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found))
     with ExitStack() as stack:
-        for each in (*kept, around(found), mode):
+        for each in (*kept, chosen, around(found), mode):
             stack.enter_context(each)
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
