@@ -19,7 +19,7 @@ from .fold import Fold, fold_names
 from .layout import layout_line
 from .planner.decisions import Cast, Decisions, Move, final_device, final_dtype
 from .planner.memory import Memory
-from .planner.rank_classes import RankClass, rank_classes
+from .planner.ranks_alike import RanksAlike, ranks_alike
 from .planner.records import dtype_name
 from .planner.series import Series
 from .planner.verdict import Verdict
@@ -155,9 +155,9 @@ class Report(Shown):
     # -- contents -------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def rank_classes(self) -> tuple[RankClass, ...]:
-        """The ranks of a plan that shards, those together that hold the same; rank 0's come first."""
-        return rank_classes(self.memory, self.decisions.sharding)
+    def rank_classes(self) -> tuple[RanksAlike, ...]:
+        """The ranks of a plan that shards, those together whose parts have the same shapes; rank 0's come first."""
+        return ranks_alike(self.graph, self.decisions.sharding, self.memory)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -309,7 +309,7 @@ def _row_json(row: Row) -> dict[str, Any]:
     return asdict(row) | names | {"shape": None if row.shape is None else list(row.shape)}
 
 
-def _rank_json(each: RankClass) -> dict[str, Any]:
+def _rank_json(each: RanksAlike) -> dict[str, Any]:
     memory = each.memory
     series = [found.to_json() for device in memory.devices if (found := memory.series(device)) is not None]
     return {"ranks": list(each.ranks), "phases": memory.phases, "peak": memory.peak, "timeline": series}

@@ -14,9 +14,9 @@ from ..tracer.errors import DecisionError
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER
 from .allocator_driver import Device
 from .allocator_events import Usage
+from .changes import HOST
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
-from .rank_memory import HOST
 from .replayed_run import replay_run
 
 if TYPE_CHECKING:

@@ -14,10 +14,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
-from torch import nn
 from torch.distributed.tensor import _random, _sharding_prop
 
 from ..planner.allocations import Timeline
@@ -25,13 +23,14 @@ from ..planner.decisions import Decisions
 from ..planner.workload import Training
 from .allocations import Allocations
 from .build import Build
+from .checkpointing import checkpoint_layers
+from .ddp_buckets import trained, with_buckets
 from .example_inputs import example_inputs
 from .fake_step import device_of, run_fake, step_module, with_implementation
 from .fake_world import fake_world
 from .fsdp_memory import fsdp_followed
 from .gloo_scratch import gloo_scratch_bytes
 from .parallel import apply_sharding, mesh_of
-from .training_step import checkpoint_layers
 
 _HOST = "cpu"
 
@@ -55,9 +54,12 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
         with _propagation_apart(), fsdp_followed(found, module, copied):
             yield
 
+    if sharding.axis("shard") is None and sharding.axis("tensor") is None:
+        parameters = trained(module)
+        return with_buckets(run_fake(module, inputs, training, device), parameters, device)
     with fake_world(sharding.ranks, rank):
-        if training.checkpointing == "full":
-            checkpoint_layers(module)
+        if training.checkpointing != "none":
+            checkpoint_layers(module, training.checkpointing)
         apply_sharding(module, sharding, build.graph, mesh_of(sharding, _HOST))
         return run_fake(module, inputs, replace(training, checkpointing="none"), device, copied, around)
 

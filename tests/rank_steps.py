@@ -91,30 +91,46 @@ _LLAMA = {
 }
 _TRANSFORMER = {"*coder.layers.*.linear1": "colwise", "*coder.layers.*.linear2": "rowwise"}
 _VOCABULARY = {"model.embed_tokens": "embedding_rowwise", "lm_head": "colwise_gather_output"}
-QUICK = [RankCase("Llama", {"dp": 2}), RankCase("Llama", {"dp": 2}, MIXED), RankCase("BERT", {"dp": 2}), RankCase("nn.Transformer", {"dp": 2}), RankCase("ViT", {"dp": 2}, MIXED)]
+QUICK = [
+    RankCase("Llama", {"dp": 2}),
+    RankCase("Llama", {"dp": 2}, MIXED),
+    RankCase("BERT", {"dp": 2}),
+    RankCase("nn.Transformer", {"dp": 2}),
+    RankCase("ViT", {"dp": 2}, MIXED),
+]
 TRY = [
- RankCase("Llama", {"tp": 2}, {"tensor": "auto"}),
- RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA}),
- RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA | _VOCABULARY}),
- RankCase("nn.Transformer", {"tp": 2}, {"tensor": _TRANSFORMER}),
- RankCase("Llama", {"dp": 2}, {"reshard": False}),
- RankCase("Llama", {"dp": 2}, {"compute_dtype": BF16}),
- RankCase("Llama", {"dp": 2}, {"offload": True}),
- RankCase("Llama", {"dp": 2}, MIXED, {"checkpointing": "full", "clip_grad_norm": 1.0}),
- RankCase("nn.Transformer", {"dp": 2}, {}, {"checkpointing": "full", "optimizer": "sgd-momentum"}),
- RankCase("Llama", {"dp": 2}, {}, {"implementation": "foreach"}),
- RankCase("Llama", {"dp": 2}, {}, {"implementation": "fused"}),
- RankCase("Llama", {"ddp": 2}),
+    RankCase("Llama", {"tp": 2}, {"tensor": "auto"}),
+    RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA}),
+    RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA | _VOCABULARY}),
+    RankCase("nn.Transformer", {"tp": 2}, {"tensor": _TRANSFORMER}),
+    RankCase("Llama", {"dp": 2}, {"reshard": False}),
+    RankCase("Llama", {"dp": 2}, {"compute_dtype": BF16}),
+    RankCase("Llama", {"dp": 2}, {"offload": True}),
+    RankCase("Llama", {"dp": 2}, MIXED, {"checkpointing": "full", "clip_grad_norm": 1.0}),
+    RankCase("nn.Transformer", {"dp": 2}, {}, {"checkpointing": "full", "optimizer": "sgd-momentum"}),
+    RankCase("Llama", {"dp": 2}, {}, {"implementation": "foreach"}),
+    RankCase("Llama", {"dp": 2}, {}, {"implementation": "fused"}),
+    RankCase("Llama", {"ddp": 2}),
+]
+DDP = [
+    RankCase("Llama", {"ddp": 2}),
+    RankCase("nn.Transformer", {"ddp": 2}),
+    RankCase("ViT", {"ddp": 2}, {}, {"optimizer": "sgd"}),
 ]
 TP = [c for c in TRY if "tp" in c.axes]
 TRY4 = [
- RankCase("Llama", {"dp": 4}), RankCase("Llama", {"dp": 4}, MIXED), RankCase("ViT", {"dp": 4}), RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}, MIXED),
- RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}),
- RankCase("Llama", {"dp": 4}, {"reshard": 2}), RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": _LLAMA}),RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": "auto", **MIXED}),
- RankCase("nn.Transformer", {"dp": 2, "tp": 2}, {"tensor": _TRANSFORMER}),
- RankCase("Llama", {"dp_replicate":2, "dp_shard": 1, "tp": 2}, {"tensor": _LLAMA}),
+    RankCase("Llama", {"dp": 4}),
+    RankCase("Llama", {"dp": 4}, MIXED),
+    RankCase("ViT", {"dp": 4}),
+    RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}, MIXED),
+    RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}),
+    RankCase("Llama", {"dp": 4}, {"reshard": 2}),
+    RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": _LLAMA}),
+    RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": "auto", **MIXED}),
+    RankCase("nn.Transformer", {"dp": 2, "tp": 2}, {"tensor": _TRANSFORMER}),
+    RankCase("Llama", {"dp_replicate": 2, "dp_shard": 1, "tp": 2}, {"tensor": _LLAMA}),
 ]
-SETS = {"quick": QUICK, "try": TRY, "tp": TP, "try4": TRY4}
+SETS = {"quick": QUICK, "try": TRY, "tp": TP, "ddp": DDP, "try4": TRY4}
 
 
 def compared(case: RankCase) -> Found:
@@ -123,9 +139,12 @@ def compared(case: RankCase) -> Found:
         plan, training = case.plan(), case.workload()
         with plain_kernels():
             from groundplan.runtime.fake_ranks import fake_rank_step
+
             run = fake_rank_step(plan._bound, plan.decisions, training, dist.get_rank())
             with works_given_back():
-                real = measured_peaks(plan, training, mesh=init_device_mesh("cpu", tuple(case.axes.values()), mesh_dim_names=tuple(case.axes)))
+                real = measured_peaks(
+                    plan, training, mesh=init_device_mesh("cpu", tuple(case.axes.values()), mesh_dim_names=tuple(case.axes))
+                )
         return {"case": str(case), "fake": {phase: devices["cpu"] for phase, devices in run.peaks.items()}, "real": real}
     except Exception:
         return {"case": str(case), "error": traceback.format_exc()}

@@ -1,24 +1,23 @@
-"""Ranks that hold the same in every phase, so that each kind is shown once."""
+"""Ranks that hold parts of the same shapes, so that what they hold is shown once."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ..tracer.graph import ParamGraph
+from .memory import Memory
+from .rank_runs import RankClass, rank_class
 from .sharding import Sharding
-
-if TYPE_CHECKING:
-    from .memory import Memory
 
 _ALL = 32
 """Up to so many ranks are looked at one by one; of more, the first and the last along each axis of the mesh."""
 
 
 @dataclass(frozen=True, slots=True)
-class RankClass:
-    """Ranks, of those that were looked at, whose phases take the same bytes, and the memory of the first of them."""
+class RanksAlike:
+    """Ranks of one class, of those that were looked at, and the memory of the first of them."""
 
     ranks: tuple[int, ...]
     memory: Memory
@@ -26,8 +25,8 @@ class RankClass:
     def describe(self) -> str:
         """Their numbers, runs of them shortened.
 
-        >>> from .memory import Binding, Memory
-        >>> RankClass((0, 1, 2, 5), Memory({}, Binding("", "", 0, ()), ())).describe()
+        >>> from .memory import Binding
+        >>> RanksAlike((0, 1, 2, 5), Memory({}, Binding("", "", 0, ()), ())).describe()
         'ranks 0-2, 5'
         """
         runs: list[list[int]] = []
@@ -40,19 +39,14 @@ class RankClass:
         return f"rank{'s' * (len(self.ranks) > 1)} {named}"
 
 
-def rank_classes(memory: Memory, sharding: Sharding | None) -> tuple[RankClass, ...]:
-    """The classes of a plan's ranks, that of rank 0 first; of a run, which is one rank's, that rank alone."""
-    if memory.ranks == 1 or memory.run is not None:
-        return (RankClass((0,), memory),)
-    found: list[tuple[list[int], Memory]] = []
-    for rank in _looked_at(memory.ranks, [axis.size for axis in sharding.axes] if sharding else []):
-        of_rank = memory.rank(rank)
-        same = next((ranks for ranks, known in found if known.by_device == of_rank.by_device), None)
-        if same is None:
-            found.append(([rank], of_rank))
-        else:
-            same.append(rank)
-    return tuple(RankClass(tuple(ranks), of_rank) for ranks, of_rank in found)
+def ranks_alike(graph: ParamGraph, sharding: Sharding | None, memory: Memory) -> tuple[RanksAlike, ...]:
+    """The classes of a plan's ranks, that of rank 0 first; in the tiers with a run, each class takes one."""
+    if sharding is None or memory.ranks == 1:
+        return (RanksAlike((0,), memory),)
+    found: dict[RankClass, list[int]] = {}
+    for rank in _looked_at(memory.ranks, [axis.size for axis in sharding.axes]):
+        found.setdefault(rank_class(graph, sharding, rank), []).append(rank)
+    return tuple(RanksAlike(tuple(ranks), memory.rank(ranks[0])) for ranks in found.values())
 
 
 def _looked_at(ranks: int, sizes: Sequence[int]) -> list[int]:
