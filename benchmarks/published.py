@@ -18,20 +18,24 @@ from common import print_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.published import ALLOCATORS, RUNS, Published, reserved, step_of
+from tests.published import ALLOCATORS, RUNS, Published, reserved, run_of_plan, step_of
 
 
 def compared(run: Published) -> list[dict[str, Any]]:
-    """One row for each way in which the allocator may have been set."""
-    start = time.perf_counter()
-    step = step_of(run)
-    seconds = time.perf_counter() - start
-    return [row(run, reserved(run, step, setting), setting, seconds) for setting in ALLOCATORS]
+    """A row for each way in which the allocator may have been set; as torchtitan prepares the model, and as a plan does."""
+    rows = []
+    for step_by, way in ((step_of, "torchtitan's"), (run_of_plan, "plan.memory")):
+        start = time.perf_counter()
+        step = step_by(run)
+        seconds = time.perf_counter() - start
+        rows += [row(run, way, reserved(run, step, setting), setting, seconds) for setting in ALLOCATORS]
+    return rows
 
 
-def row(run: Published, found: dict[str, float], setting: str, seconds: float) -> dict[str, Any]:
+def row(run: Published, way: str, found: dict[str, float], setting: str, seconds: float) -> dict[str, Any]:
     return {
         "run": run.name,
+        "step": way,
         "allocator": setting or "torch's defaults",
         "active, GiB": round(found["active"], 2),
         "reserved, GiB": round(found["reserved"], 2),

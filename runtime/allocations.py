@@ -135,8 +135,9 @@ class Allocations(TorchDispatchMode):
         self._living[storage._cdata] = self._add(self._piece(storage.nbytes(), before.op, before.module, before.source))
 
     def made_outside(self, tensor: torch.Tensor, op: str) -> torch.Tensor:
-        """A tensor that came about without an op and is kept for the backward."""
-        self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))].kind = "activation"
+        """A tensor in host memory that came about without an op and is kept for the backward."""
+        piece = self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))]
+        piece.kind, piece.on_host = "activation", not self._on_cpu
         return tensor
 
     @contextmanager

@@ -35,8 +35,8 @@ Products with a bias are `addmm`, which is not on torchtitan's list, and run aga
 def checkpoint_layers(module: Any, checkpointing: Checkpointing) -> None:
     """Have every layer that repeats keep its inputs alone, or by op (`selective`), and run again in the backward.
 
-    A transformers model that knows how does it itself; of others, the members of one class in an `nn.ModuleList` or
-    `nn.Sequential` go through `torch.utils.checkpoint`. Raises `DecisionError` where nothing repeats.
+    A transformers model that knows how does it itself; of others, the members of one class in an `nn.ModuleList`,
+    `nn.ModuleDict` or `nn.Sequential` go through `torch.utils.checkpoint`. Raises `DecisionError` where nothing repeats.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if checkpointing == "selective":
@@ -61,10 +61,13 @@ def _checkpoint_transformers(module: Any, options: dict[str, Any]) -> None:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost members of containers that hold at least two modules of one class, with parameters."""
     for child in module.children():
-        members = list(child.children()) if isinstance(child, nn.ModuleList | nn.Sequential) else []
+        members = list(child.children()) if isinstance(child, _CONTAINERS) else []
         classes = [type(each) for each in members if any(True for _ in each.parameters())]
         if classes and max(map(classes.count, classes)) > 1:
             yield from (each for each in members if classes.count(type(each)) > 1)

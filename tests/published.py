@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -57,7 +58,6 @@ def step_of(run: Published) -> Timeline:
     with torch.device("meta"):
         model = titan.Llama(run.sizes)
     module = titan.Trained(model)
-    batch = tuple(torch.empty(run.batch, run.sizes.length, dtype=torch.int64, device="meta") for _ in ("tokens", "labels"))
     training = gp.Training("adamw", implementation="foreach", clip_grad_norm=1.0, loss=lambda loss: loss)
 
     @contextmanager
@@ -67,7 +67,22 @@ def step_of(run: Published) -> Timeline:
 
     with fake_world(run.gpus, 0):
         titan.prepared(model, init_device_mesh("cpu", (run.gpus,)), run.checkpointing)
-        return run_fake(module, batch, training, "cuda:0", around=around)
+        return run_fake(module, _batch(run), training, "cuda:0", around=around)
+
+
+def run_of_plan(run: Published) -> Timeline:
+    """The same step as a plan has it: FSDP2 reshards the last block and the root as well, and the loss is within the root."""
+    plan = gp.trace(lambda: titan.Trained(titan.Llama(run.sizes))).to("cuda")
+    plan = plan.shard({"dp": run.gpus}, units="model.layers.*", compute_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    checkpointing: Any = run.checkpointing
+    training = gp.Training("adamw", inputs=_batch(run), checkpointing=checkpointing, clip_grad_norm=1.0, loss=lambda loss: loss)
+    found = plan.memory(training, tier="T1").run
+    assert found is not None
+    return found
+
+
+def _batch(run: Published) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty(run.batch, run.sizes.length, dtype=torch.int64, device="meta") for _ in ("tokens", "labels"))
 
 
 def reserved(run: Published, step: Timeline, allocator: str) -> dict[str, float]:

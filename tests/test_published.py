@@ -11,7 +11,7 @@ import torch
 from groundplan.planner.allocations import STEP
 
 from . import titan
-from .published import ALLOCATORS, RUNS, Published, reserved, step_of
+from .published import ALLOCATORS, RUNS, Published, reserved, run_of_plan, step_of
 
 SIZES = titan.Sizes(width=64, layers=4, heads=4, kv_heads=2, hidden=192, words=1000, length=128)
 SMALL = Published("small", SIZES, gpus=4, batch=2, checkpointing="selective", gib=0)
@@ -25,6 +25,13 @@ def test_what_is_published_is_predicted(run: Published) -> None:
     step = step_of(run)
     for setting in ALLOCATORS:
         assert reserved(run, step, setting)["reserved"] == pytest.approx(run.gib, rel=0.05), setting
+
+
+@pytest.mark.conformance
+def test_so_it_is_by_a_plan() -> None:
+    step = run_of_plan(RUNS[0])
+    for setting in ALLOCATORS:
+        assert reserved(RUNS[0], step, setting)["reserved"] == pytest.approx(RUNS[0].gib, rel=0.05), setting
 
 
 def at_peak(run: Published) -> dict[str, int]:
@@ -68,6 +75,16 @@ def test_full_checkpointing_keeps_the_inputs_of_blocks() -> None:
     some, none = at_peak(SMALL), at_peak(replace(SMALL, checkpointing="full"))
     assert some["activation"] - none["activation"] >= some["mm"]
     assert "_scaled_dot_product_flash_attention" not in none
+
+
+def test_a_plan_of_it_takes_the_same() -> None:
+    """The last block, which torchtitan does not reshard, is on its way again by then. Generators' states are in host memory."""
+    ours, plans = step_of(SMALL), run_of_plan(SMALL)
+    for kind in ("parameter", "optimizer state", "activation"):
+        assert plans.by_kind(STEP, "cuda:0")[kind] == ours.by_kind(STEP, "cuda:0")[kind], kind
+    assert plans.peaks[STEP]["cuda:0"] == ours.peaks[STEP]["cuda:0"]
+    states = SMALL.sizes.layers + 1  # one of each block, and that of now while a block runs again
+    assert plans.peaks[STEP]["cpu"] - ours.peaks[STEP]["cpu"] == states * torch.get_rng_state().nbytes
 
 
 def test_more_gpus_hold_less_each() -> None:
