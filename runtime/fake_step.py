@@ -52,13 +52,23 @@ def fake_step(build: Build, decisions: Decisions, training: Training) -> Timelin
 def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _HOST) -> Timeline:
     """The same for a module of meta tensors, which it puts fake tensors into, and given inputs."""
     found = Allocations(on_cpu=device == _HOST)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     optimizers: list[torch.optim.Optimizer] = []
 
     def phase(name: str) -> None:
-        _label_gradients(found, module)
+        label_gradients(found, module)
         found.phase(name)
 
+    with imagined(found, module, inputs) as faked:
+        with found:
+            run_training(module, faked, training, phase, optimizers.append)
+        _label_state(found, module, optimizers[0], training.implementation == "fused")
+    return found.timeline(device, _HOST)
+
+
+@contextmanager
+def imagined(found: Allocations, module: nn.Module, inputs: Any) -> Iterator[Any]:
+    """The surroundings of a run: fake tensors are in `module`, whose tensors and inputs `found` knows; gives the fake inputs."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), mode:
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
@@ -68,13 +78,10 @@ def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _
             found.label(tensor, "input", name)
         handles = found.follow(module)
         try:
-            with found:
-                run_training(module, faked, training, phase, optimizers.append)
+            yield faked
         finally:
             for handle in handles:
                 handle.remove()
-        _label_state(found, module, optimizers[0], training.implementation == "fused")
-    return found.timeline(device, _HOST)
 
 
 def _device_of(build: Build, decisions: Decisions) -> str:
@@ -104,7 +111,8 @@ def _named(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), value
 
 
-def _label_gradients(found: Allocations, module: nn.Module) -> None:
+def label_gradients(found: Allocations, module: nn.Module) -> None:
+    """Say which tensors are gradients."""
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             found.label(parameter.grad, "gradient", name)

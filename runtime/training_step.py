@@ -48,7 +48,7 @@ def run_training(
     made(optimizer)
     for stepping, updating in ((FIRST_STEP, FIRST_OPTIMIZER), (STEP, OPTIMIZER)):
         phase(stepping)
-        _forward_and_backward(module, inputs, training)
+        forward_and_backward(module, inputs, training)
         phase(updating)
         if training.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(module.parameters(), training.clip_grad_norm)
@@ -66,7 +66,8 @@ def optimizer_of(module: nn.Module, training: Training) -> torch.optim.Optimizer
     return _KINDS[training.optimizer](trained, lr=_LEARNING_RATE, **options)
 
 
-def _forward_and_backward(module: nn.Module, inputs: Any, training: Training) -> None:
+def forward_and_backward(module: nn.Module, inputs: Any, training: Training) -> None:
+    """The loss of one batch, and its gradients."""
     with nullcontext() if training.autocast is None else torch.autocast("cpu", training.autocast):
         loss = _loss(module, inputs, training)
     loss.backward()
