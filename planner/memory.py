@@ -13,11 +13,14 @@ from typing import Any
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import ParamGraph
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
+from .changes import HOST, Change
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
 from .decisions import Decisions, final_device, final_dtype
+from .optimizers import OPTIMIZERS, Trained
 from .quantizing import Quantizing
-from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
+from .rank_memory import LOAD_NOTE, rank_timelines, staged
+from .training_memory import Stepped, hidden_names, training_phases
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
 
@@ -224,11 +227,8 @@ def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | Non
     found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
     state: list[Change] = []
     if workload is not None:
-        gradients = list(_gradients(graph, decisions))
-        state = _optimizer_state(gradients, workload)
-        found["first_step"] = [*weights, *gradients]
-        found["step"] = [*weights, *state, *gradients]
-        found["optimizer"] = [*found["step"], *_temporaries(gradients, workload)]
+        phases, state = training_phases(weights, list(_stepped(graph, decisions, workload)), workload)
+        found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
     return found
@@ -240,22 +240,14 @@ def _largest(changes: Iterable[Change], device: str) -> list[Change]:
     return [] if largest is None else [largest._replace(device=device)]
 
 
-def _gradients(graph: ParamGraph, decisions: Decisions) -> Iterator[Change]:
+def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Iterator[Stepped]:
     storages = {storage.index: storage for storage in graph.storages}
+    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
     for tensor in graph.parameters:
         device = memory_device(final_device(tensor, storages[tensor.view.storage], decisions))
         if tensor.requires_grad and device != "meta":
-            yield Change(device, tensor.name, tensor.numel * final_dtype(tensor, decisions).itemsize)
-
-
-def _optimizer_state(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    copies = [each._replace(nbytes=each.nbytes * workload.state_copies) for each in gradients]
-    return copies + [Change(HOST, each.tensor, workload.step_bytes) for each in gradients if workload.step_bytes]
-
-
-def _temporaries(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    parameters = [(each.device, each.nbytes) for each in gradients]
-    return [gradients[position]._replace(nbytes=nbytes) for position, nbytes in workload.temporaries(parameters)]
+            trained = Trained(device, tensor.shape, final_dtype(tensor, decisions), tensor.name in hidden)
+            yield Stepped(trained, Change(device, tensor.name, trained.nbytes))
 
 
 # -- tier T1 ------------------------------------------------------------------------------------------------------------
@@ -346,7 +338,7 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
     yield LOAD_NOTE
     if workload is not None:
         yield "training: activations and temporary workspaces are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
+        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
 
 
@@ -385,6 +377,6 @@ def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str
     yield LOAD_NOTE
     if workload is not None:
         yield "training: activations, gathered units and communication buffers are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
+        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
         if sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None:
             yield "training: DDP's buckets hold every gradient once more"

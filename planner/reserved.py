@@ -17,7 +17,7 @@ from .allocator_driver import Device
 from .allocator_events import Allocate, Event, Free, Replayed, Usage
 from .decisions import Decisions
 from .memory import check_rank, timelines_of
-from .rank_memory import Change
+from .changes import Change
 from .workload import Training
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..tracer.errors import DecisionError
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
-from .rank_memory import HOST
+from .changes import HOST
 
 if TYPE_CHECKING:
     from .memory import Memory

@@ -70,6 +70,7 @@ class Allocations(TorchDispatchMode):
         self._on_cpu = on_cpu  # whether the plan's device is the CPU, whose kernels' scratch is known
         self._host_phases = frozenset(host_phases)  # those that compute in host memory, where the plan's device is another
         self._on_host = False
+        self._counts = True
         self._phase = START
         self._pieces: list[_Piece] = []
         self._moments: list[Moment] = []
@@ -127,6 +128,19 @@ class Allocations(TorchDispatchMode):
         self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))].kind = "activation"
         return tensor
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Ops in here are as if they were not there."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
+
+    def taken(self, nbytes: int, op: str) -> None:
+        """What a kernel that no dispatch mode sees takes while it runs."""
+        self._gone(self._add(_Piece(nbytes, op, *self._place(None))))
+
     def follow(self, module: nn.Module) -> list[Any]:
         """Know which submodule runs; gives the hooks' handles."""
         handles: list[Any] = []
@@ -156,7 +170,7 @@ class Allocations(TorchDispatchMode):
     ) -> Any:
         if any(is_traceable_wrapper_subclass_type(each) for each in types):
             return NotImplemented  # a DTensor makes of it the ops on what this rank holds, which come here again
-        if func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
+        if not self._counts or func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
             return func(*args, **(kwargs or {}))  # of another mode is what DTensor tries to learn the whole's shape
         node = torch._C._current_autograd_node()
         self._release_numbers(node)

@@ -56,8 +56,8 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
             yield
 
     with fake_world(sharding.ranks, rank):
-        if training.checkpointing == "full":
-            checkpoint_layers(module)
+        if training.checkpointing != "none":
+            checkpoint_layers(module, training.checkpointing)
         apply_sharding(module, sharding, build.graph, mesh_of(sharding, _HOST))
         return run_fake(module, inputs, replace(training, checkpointing="none"), device, copied, around)
 

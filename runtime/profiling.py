@@ -60,7 +60,7 @@ def _traced(
 ) -> Profile:
     module.train()
     if training.checkpointing != "none":
-        checkpoint_layers(module)
+        checkpoint_layers(module, training.checkpointing)
     if compute_dtype is not None:
         _compute_in(module, compute_dtype, units)
     for run in runs:

@@ -23,7 +23,7 @@ from groundplan.planner.allocator_snapshot import from_snapshot
 from groundplan.planner.decisions import default_decisions
 from groundplan.planner.memory import RankError, memory
 from groundplan.planner.overheads import OVERHEADS, cublas_workspace
-from groundplan.planner.rank_memory import Change
+from groundplan.planner.changes import Change
 from groundplan.planner.reserved import replay_timeline, reserved
 from groundplan.planner.workload import Training
 
