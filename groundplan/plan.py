@@ -16,6 +16,7 @@ from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
 from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
+from .planner.profile import NoProfile, Profile
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
 from .planner.sharding import LAYERS, sharding
@@ -115,14 +116,22 @@ class Plan:
         152
         """
         if tier == "T0":
-            return memory(self.graph, self.decisions, workload)
+            return memory(self.graph, self.decisions, workload, self._profile(workload))
         if tier != "T1":
             raise DecisionError(f'tier={tier!r} is not known: say "T0" for the closed form, "T1" for a run on fake tensors')
         if workload is None:
             raise DecisionError('tier="T1" runs a training step; say which one: plan.memory(gp.Training(...), tier="T1")')
         from .runtime.fake_step import fake_step
 
-        return memory_of_run(self.graph, self.decisions, workload, fake_step(self._bound, self.decisions, workload))
+        run = fake_step(self._bound, self.decisions, workload)
+        return memory_of_run(self.graph, self.decisions, workload, run, self._profile(workload))
+
+    def _profile(self, workload: Training | None) -> Profile | NoProfile | None:
+        if workload is None:
+            return None
+        from .runtime.profiles import profile_of
+
+        return profile_of(self._bound, self.decisions, workload)
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ at, and *marks* between them, where a module begins or ends its forward or its b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -92,8 +92,8 @@ class Profile:
     >>> up = stretch([Event(0, 1)], (saved, gradient))
     >>> down = stretch([Event(1, 1), Event(0, -1)], (saved, gradient))
     >>> profile = Profile((saved, gradient), (Block(1, (up, down)),), ())
-    >>> profile.peak, profile.gradients
-    (12, {'w': 4})
+    >>> profile.gradients
+    {'w': 4}
     """
 
     allocations: tuple[Allocation, ...]
@@ -101,11 +101,6 @@ class Profile:
     inputs: tuple[tuple[str, int], ...]
     repeated: tuple[Repeated, ...] = ()
     early: frozenset[str] = field(default_factory=frozenset)
-
-    @cached_property
-    def peak(self) -> int:
-        """The most that one forward and backward hold, gradients included."""
-        return max((rise for _, rise in levels(self.blocks)), default=0)
 
     @cached_property
     def gradients(self) -> Mapping[str, int]:
@@ -125,6 +120,21 @@ class Profile:
                 return names
         return [name]
 
+    def class_of(self, module: str) -> str:
+        """The name of a module, with a `*` for the number of a layer that repeats."""
+        for run in self.repeated:
+            for layer in run.layers:
+                if module == layer or module.startswith(f"{layer}."):
+                    return f"{layer.rpartition('.')[0]}.*".lstrip(".") + module[len(layer) :]
+        return module
+
+
+@dataclass(frozen=True, slots=True)
+class NoProfile:
+    """Why there is no profile, in a sentence with the way out."""
+
+    reason: str
+
 
 def stretch(events: list[Event], allocations: tuple[Allocation, ...]) -> Stretch:
     """Events with their sums."""
@@ -143,26 +153,6 @@ def _sums(events: list[Event], allocations: tuple[Allocation, ...], added: bool)
     return Sums(most, now)
 
 
-def levels(blocks: tuple[Block, ...], added: bool = False) -> Iterator[tuple[int, int]]:
-    """For each block, how far the sum rises at most while it happens, and in which of its times; sums are linear in that."""
-    level = 0
-    for block in blocks:
-        rise, net = _block_sums(block, added)
-        last = (block.times - 1) * net
-        yield (0, level + rise) if net <= 0 else (block.times - 1, level + last + rise)
-        level += block.times * net
-
-
 def net_of(block: Block) -> int:
     """How much more there is after a block than before it, in one of its times."""
-    return _block_sums(block, False)[1]
-
-
-def _block_sums(block: Block, added: bool) -> tuple[int, int]:
-    now = most = 0
-    for part in block.parts:
-        if isinstance(part, Stretch):
-            sums = part.added if added else part.fresh
-            most = max(most, now + sums.rise)
-            now += sums.net
-    return most, now
+    return sum(part.fresh.net for part in block.parts if isinstance(part, Stretch))

@@ -10,7 +10,8 @@ Where layers cannot be skipped, all of this happens once more with every layer r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,47 +29,42 @@ from .training_step import checkpoint_layers, forward_and_backward
 _RUN = "run"
 
 
-def profile(
-    made: Any,
-    inputs: Any,
-    training: Training,
-    device: str,
-    units: Sequence[str] = (),
-    compute_dtype: torch.dtype | None = None,
-) -> Profile:
-    """The profile of a module of meta tensors, which `made()` gives a new one of at each call.
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What a plan's sharding changes for a trace: the device, the modules whose turns are marked, and the dtype they work in."""
 
-    `units` are the modules whose turns are marked; with `compute_dtype` they work in it, as FSDP's mixed precision has it. Raises
-    what a run of the step raises.
+    device: str
+    units: tuple[str, ...] = ()
+    compute_dtype: torch.dtype | None = None
+
+
+def profile(
+    made: Callable[[], nn.Module], inputs: Callable[[nn.Module], Any], training: Training, traced: Traced = Traced("cpu")
+) -> Profile:
+    """The profile of a module of meta tensors, which `made()` gives a new one of at each call, for the inputs made for it.
+
+    Raises what a run of the step raises.
     """
     module = made()
     try:
-        return _traced(module, inputs(module), training, device, units, compute_dtype, runs_of(module))
+        return _run(module, inputs(module), training, traced, runs_of(module))
     except CannotSkip:
         module = made()
-        return _traced(module, inputs(module), training, device, units, compute_dtype, [])
+        return _run(module, inputs(module), training, traced, [])
 
 
-def _traced(
-    module: nn.Module,
-    inputs: Any,
-    training: Training,
-    device: str,
-    units: Sequence[str],
-    compute_dtype: torch.dtype | None,
-    runs: Sequence[Run],
-) -> Profile:
+def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, runs: Sequence[Run]) -> Profile:
     module.train()
     if training.checkpointing != "none":
         checkpoint_layers(module, training.checkpointing)
-    if compute_dtype is not None:
-        _compute_in(module, compute_dtype, units)
+    if traced.compute_dtype is not None:
+        _compute_in(module, traced.compute_dtype, traced.units)
     for run in runs:
         Skipping(module, run)
-    found = Followed(on_cpu=device == "cpu")
+    found = Followed(on_cpu=traced.device == "cpu")
     layers = [run.layers[position] for run in runs for position in _run_positions(run)]
     with imagined(found, module, inputs) as faked:
-        handles = found.turns(module, [*units, *layers])
+        handles = found.turns(module, [*traced.units, *layers])
         with found:
             found.phase(_RUN)
             forward_and_backward(module, faked, training)
@@ -76,7 +72,7 @@ def _traced(
             found.phase(_RUN)
         for handle in handles:
             handle.remove()
-    return cut(found.stream(), found.timeline(device, "cpu").allocations, runs, frozenset(found.early))
+    return cut(found.stream(), found.timeline(traced.device, "cpu").allocations, runs, frozenset(found.early))
 
 
 def _run_positions(run: Run) -> Iterator[int]:
