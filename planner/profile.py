@@ -81,7 +81,7 @@ class Repeated:
         return [name]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
     """Forward and backward of one step, without the optimizer.
 
