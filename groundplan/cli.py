@@ -87,7 +87,9 @@ def report(
     device: DeviceOption = None,
     train: Annotated[
         str | None,
-        typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(OPTIMIZERS)}."),
+        typer.Option(
+            metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(OPTIMIZERS)}."
+        ),
     ] = None,
     cluster: Annotated[
         str | None,

@@ -25,6 +25,8 @@ def trained(
     fsdp: Fsdp | None = None,
 ) -> tuple[dict[str, list[Change]], list[Change]]:
     """The phases of a training step, and the optimizer's state by itself, on a rank that computes on `device`."""
+    if workload.implementation is None and len({each.parameter.whole is None for each in stepped}) > 1:
+        workload = replace(workload, implementation="for-loop")  # of DTensors and whole tensors side by side torch takes no other
     if profile is None:
         return training_phases(weights, stepped, workload)
     names = {graph.by_name[name].name for name in profile.gradients if name in graph.by_name}

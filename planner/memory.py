@@ -21,7 +21,7 @@ from .decisions import Decisions, final_device, final_dtype
 from .optimizers import OPTIMIZERS, Trained
 from .profile import NoProfile, Profile
 from .quantizing import Quantizing
-from .rank_memory import LOAD_NOTE, computing_device, rank_timelines, staged
+from .rank_memory import LOAD_NOTE, computing_device, is_ddp, rank_timelines, staged
 from .training_memory import Stepped, hidden_names
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
@@ -273,24 +273,31 @@ def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Ite
 
 
 def memory_of_run(
-    graph: ParamGraph, decisions: Decisions, workload: Training, run: Timeline, profile: Profile | NoProfile | None = None
+    graph: ParamGraph,
+    decisions: Decisions,
+    workload: Training,
+    run: Timeline,
+    profile: Profile | NoProfile | None = None,
+    rank: int = 0,
+    of_rank: Callable[[int], Memory] | None = None,
 ) -> Memory:
-    """The memory of training, with the phases of a step from a run of it, the others in closed form.
+    """The memory of training on one rank, with the phases of a step from a run of it, the others in closed form.
 
-    Raises what `memory` raises.
+    `of_rank` gives that of any rank. Raises what `memory` raises.
     """
-    weights, closed = memory(graph, decisions), memory(graph, decisions, workload, profile)
+    weights, closed = memory(graph, decisions).rank(rank), memory(graph, decisions, workload, profile).rank(rank)
     by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
     by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
     places = [(phase, device) for phase, devices in by_device.items() for device in devices]
     phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    found = Memory(by_device, Binding(phase, device, by_device[phase][device], ()), tuple(_run_notes(device, workload)))
+    notes = tuple(_run_notes(decisions, device, workload))
+    found = replace(closed, by_device=by_device, binding=Binding(phase, device, by_device[phase][device], ()), notes=notes)
     tensors = weights.binding.tensors
     if phase in run.peaks:
         tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
     left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
     binding = replace(found.binding, tensors=tensors)
-    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
+    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out, of_rank=of_rank)
 
 
 def _is_cuda(device: str) -> bool:
@@ -372,13 +379,18 @@ def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what
         yield f"training: {what} are not included{f': {profile.reason}' if profile is not None else ''}"
 
 
-def _run_notes(device: str, workload: Training) -> Iterator[str]:
+def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
+    sharding = decisions.sharding
+    if sharding is not None:
+        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), under torch's own sharding; ranks with like parts share a run"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):
         yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
     else:
-        yield "workspaces of oneDNN are not included"
+        yield "workspaces of oneDNN are not included" + (", copies that gloo makes are" if sharding is not None else "")
+    if is_ddp(decisions):
+        yield "DDP's buckets are in closed form, as its reducer does not run without memory"
     if workload.autocast is not None and device.startswith("cuda"):
         yield "autocast converts what it does on the CPU"
     if workload.loss is None:
@@ -408,5 +420,5 @@ def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profil
     if workload is not None:
         yield from _profile_notes(profile, workload, "activations, gathered units and communication buffers")
         yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
-        if sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None:
+        if is_ddp(decisions):
             yield "training: DDP's buckets hold every gradient once more"

@@ -246,7 +246,9 @@ class Adafactor(Optimizer):
             held.take("col_mean", *((position, _columns(each.shape) * each.dtype.itemsize) for position, each in group))
             held.drop(*["col_mean"] * (implementation == "foreach"))
             held.take("var_estimate", *whole)
-            means = ((position, _rows(each.shape) // each.shape[-2] * each.dtype.itemsize) for position, each in group if each.numel)
+            means = (
+                (position, _rows(each.shape) // each.shape[-2] * each.dtype.itemsize) for position, each in group if each.numel
+            )
             held.take("row_var_mean", *means)
             held.drop("row_var_mean")
         else:

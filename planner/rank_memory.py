@@ -32,6 +32,7 @@ READ_BYTES = 2**24
 
 LOAD_NOTE = "load reads a checkpoint straight into the tensors; on other devices than the CPU a piece at a time, through the host"
 
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made.
@@ -102,7 +103,7 @@ def rank_timelines(
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
         stepped = _stepped(held, graph, decisions, workload)
-        buckets = [each.gradient for each in stepped] if _is_ddp(decisions) else []
+        buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
         device, fsdp = computing_device(graph, decisions), None if profile is None else fsdp_of(graph, decisions, rank)
         phases, state = trained(graph, [*padded, *buckets], stepped, workload, profile, device, fsdp)
         found.update(phases)
@@ -161,7 +162,7 @@ def _owner(name: str, units: set[str]) -> str:
     return name
 
 
-def _is_ddp(decisions: Decisions) -> bool:
+def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
     return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None

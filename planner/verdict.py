@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..tracer.errors import DecisionError
+from .changes import HOST
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
-from .changes import HOST
 
 if TYPE_CHECKING:
     from .memory import Memory

@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
 from ..tracer.graph import Frame
+from .fake_ops import called
 from .scratch import corrected, kept_number, scratch_bytes
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
 _UNSETTLED = ("temporary", "activation", "communication buffer")  # FSDP's gradients are views of what is reduced
 
@@ -43,6 +45,10 @@ class _Piece:
     name: str = ""
     on_host: bool = False
     stream: str = ""
+    others: set[str] | None = None  # the names of what shares it: FSDP's gradients of one unit
+
+    def named(self) -> str:
+        return f"{self.name} and {len(self.others)} more" if self.others else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,8 @@ class Allocations(TorchDispatchMode):
             piece = self._pieces[index]
             if piece.kind in _UNSETTLED:
                 piece.kind, piece.name, piece.on_host = kind, name, on_host
+            elif piece.kind == kind and piece.name != name:
+                piece.others = (piece.others or set()) | {name}
 
     @contextmanager
     def within(self, origin: Origin) -> Iterator[None]:
@@ -139,7 +147,7 @@ class Allocations(TorchDispatchMode):
 
     def taken(self, nbytes: int, op: str) -> None:
         """What a kernel that no dispatch mode sees takes while it runs."""
-        self._gone(self._add(_Piece(nbytes, op, *self._place(None))))
+        self._gone(self._add(self._piece(nbytes, op, *self._place(None))))
 
     def follow(self, module: nn.Module) -> list[Any]:
         """Know which submodule runs; gives the hooks' handles."""
@@ -157,7 +165,14 @@ class Allocations(TorchDispatchMode):
         """All that was found, on `device`, but what was labeled as `on_host`."""
         pieces = (
             Allocation(
-                each.kind, each.nbytes, host if each.on_host else device, each.name, each.module, each.op, each.source, each.stream
+                each.kind,
+                each.nbytes,
+                host if each.on_host else device,
+                each.named(),
+                each.module,
+                each.op,
+                each.source,
+                each.stream,
             )
             for each in self._pieces
         )
@@ -172,10 +187,12 @@ class Allocations(TorchDispatchMode):
             return NotImplemented  # a DTensor makes of it the ops on what this rank holds, which come here again
         if not self._counts or func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
             return func(*args, **(kwargs or {}))  # of another mode is what DTensor tries to learn the whole's shape
+        if func is _WAIT:
+            return args[0]  # which the fake op makes a copy of
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
         self._settle(node)
-        out = corrected(func, args, func(*args, **(kwargs or {})), self._on_cpu)
+        out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
         place = self._place(node)
         for each in _tensors(out):
             storage = each.untyped_storage()

@@ -79,7 +79,7 @@ def run_fake(
 
     with imagined(found, module, inputs, offload, around(found)) as faked:
         with found:
-            stepping = functools.partial(on_fake_tensors, training, found.uncounted, found.taken)
+            stepping = functools.partial(on_fake_tensors, training, device != _HOST, found.uncounted, found.taken)
             run_training(module, faked, training, phase, optimizers.append, stepping)
         for optimizer in optimizers:
             _label_state(found, module, optimizer, offload, training.implementation == "fused")
@@ -145,28 +145,16 @@ def label_gradients(found: Allocations, module: nn.Module, offload: bool = False
             found.label(parameter.grad, "gradient", name, on_host=offload)
 
 
-def _label_state(
-    found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool
-) -> None:
+def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
     """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`), and so does a learning rate."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
-            for part in _parts(value):
-                on_host = offload or (key == "step" and not fused)
-                found.label(part, "optimizer state", names[id(parameter)], on_host=on_host)
+            if isinstance(value, torch.Tensor):
+                found.label(value, "optimizer state", names[id(parameter)], on_host=offload or (key == "step" and not fused))
     for group in optimizer.param_groups:
-        for part in _parts(group["lr"]):
-            found.label(part, "optimizer state", "the learning rate", on_host=True)
-
-
-def _parts(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that hold a value: those inside, of one that is made of others (torchao's)."""
-    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _parts(getattr(value, name))
-    elif isinstance(value, torch.Tensor):
-        yield value
+        if isinstance(group["lr"], torch.Tensor):
+            found.label(group["lr"], "optimizer state", "the learning rate", on_host=True)
 
 
 # -- the surroundings of a run ------------------------------------------------------------------------------------------

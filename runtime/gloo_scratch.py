@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .scratch import Entry
 
@@ -51,11 +52,8 @@ def _reducing(args: Any, out: Any) -> int:
 
 
 def _average(op: Any, tensor: torch.Tensor) -> int:
-    """A sum is divided in place by a number, which becomes a tensor: ProcessGroupGlooDetail.hpp `AsyncAllreduceWork::run`.
-
-    What `c10d`'s ops are given cannot be looked into; FSDP2 has them average but for float16 (`_get_gradient_divide_factors`).
-    """
-    averages = op == "avg" if isinstance(op, str) else tensor.dtype != torch.float16
+    """A sum is divided in place by a number, which becomes a tensor: ProcessGroupGlooDetail.hpp `AsyncAllreduceWork::run`."""
+    averages = op == "avg" if isinstance(op, str) else op.op() == int(dist.ReduceOp.AVG)
     return 8 + int(tensor.dtype.itemsize) if averages else 0
 
 

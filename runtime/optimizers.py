@@ -125,9 +125,7 @@ class _NumbersMadeUp(TorchDispatchMode):
 
 
 @contextmanager
-def _not_compiled(
-    uncounted: Callable[[], AbstractContextManager[Any]], taken: Callable[[int, str], None]
-) -> Iterator[None]:
+def _not_compiled(uncounted: Callable[[], AbstractContextManager[Any]], taken: Callable[[int, str], None]) -> Iterator[None]:
     """Run torchao's step of one parameter as it is written, but count what the compiled one takes."""
     import torchao.optim.adam as written
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.decisions import Decisions
@@ -18,6 +20,7 @@ from ..planner.records import dtype_named
 from ..planner.sharding import Sharding
 from ..planner.workload import Training
 from ..tracer.errors import GroundplanError
+from .allocations import Allocations
 from .build import Build
 from .example_inputs import example_inputs
 from .fake_step import device_of, step_module
@@ -81,18 +84,51 @@ def _leaf(value: Any) -> Any:
 
 
 def _made(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
-    sharding = decisions.sharding
-    traced = Traced(device_of(build, decisions))
-    if sharding is not None and sharding.axis("shard") is not None:
-        dtype = None if sharding.compute_dtype is None else dtype_named(sharding.compute_dtype)
-        traced = Traced(traced.device, (*sharding.unit_names(build.graph), ""), dtype)
     try:
-        with _quiet():
-            return profile(lambda: step_module(build, decisions), lambda module: example_inputs(module, training), training, traced)
+        with _quiet(), _divided_layers(build, decisions) as (made, traced):
+            return profile(made, lambda module: example_inputs(module, training), training, traced)
     except GroundplanError as error:
         return NoProfile(str(error))
     except Exception as error:  # the module's own, which training would raise as well, or a kernel that fake tensors do not have
-        return NoProfile(f"a trace of forward and backward fails: {type(error).__name__}: {str(error).splitlines()[0]}")
+        message = str(error).splitlines() or [""]
+        return NoProfile(f"a trace of forward and backward fails: {type(error).__name__}: {message[0]}")
+
+
+@contextmanager
+def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callable[[], nn.Module], Traced]]:
+    """What makes the module, its single layers divided along the tensor axis, and how it is traced."""
+    sharding = decisions.sharding
+    traced, axis = _traced(build, decisions), None if sharding is None else sharding.axis("tensor")
+    if sharding is None or axis is None:
+        yield lambda: step_module(build, decisions), traced
+        return
+    from .fake_ranks import propagation_apart
+    from .fake_world import fake_world
+    from .gloo_scratch import gloo_scratch_bytes
+    from .parallel import apply_sharding, mesh_of
+
+    alone = sharding.model_copy(update={"axes": (axis,)})
+
+    def made() -> nn.Module:
+        module = step_module(build, decisions)
+        return apply_sharding(module, alone, build.graph, mesh_of(alone, "cpu"))
+
+    @contextmanager
+    def around(found: Allocations) -> Iterator[None]:
+        found.collective_scratch = gloo_scratch_bytes
+        with propagation_apart():
+            yield
+
+    with fake_world(axis.size, 0):
+        yield made, replace(traced, around=around)
+
+
+def _traced(build: Build, decisions: Decisions) -> Traced:
+    sharding, device = decisions.sharding, device_of(build, decisions)
+    if sharding is None or sharding.axis("shard") is None:
+        return Traced(device)
+    dtype = None if sharding.compute_dtype is None else dtype_named(sharding.compute_dtype)
+    return Traced(device, (*sharding.unit_names(build.graph), ""), dtype)
 
 
 @contextmanager

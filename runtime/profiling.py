@@ -11,6 +11,7 @@ Where layers cannot be skipped, all of this happens once more with every layer r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +21,28 @@ from torch.utils._pytree import tree_map_only
 
 from ..planner.profile import Profile
 from ..planner.workload import Training
+from .allocations import Allocations
+from .checkpointing import checkpoint_layers
 from .fake_step import imagined, label_gradients
 from .followed import Followed
 from .profile_blocks import cut
 from .skipped_layers import CannotSkip, Run, Skipping, runs_of
-from .training_step import checkpoint_layers, forward_and_backward
+from .training_step import forward_and_backward
 
 _RUN = "run"
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What a plan's sharding changes for a trace: the device, the modules whose turns are marked, and the dtype they work in."""
+    """What a plan's sharding changes for a trace: the device, the modules whose turns are marked, and the dtype they work in.
+
+    The trace goes on within what `around` gives.
+    """
 
     device: str
     units: tuple[str, ...] = ()
     compute_dtype: torch.dtype | None = None
+    around: Callable[[Allocations], AbstractContextManager[None]] = lambda _: nullcontext()
 
 
 def profile(
@@ -63,7 +70,7 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
         Skipping(module, run)
     found = Followed(on_cpu=traced.device == "cpu")
     layers = [run.layers[position] for run in runs for position in _run_positions(run)]
-    with imagined(found, module, inputs) as faked:
+    with imagined(found, module, inputs, around=traced.around(found)) as faked:
         handles = found.turns(module, [*traced.units, *layers])
         with found:
             found.phase(_RUN)

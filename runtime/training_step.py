@@ -17,7 +17,9 @@ from ..planner.allocations import FIRST_OPTIMIZER, FIRST_STEP, OPTIMIZER, STEP
 from ..planner.workload import Training
 from ..tracer.errors import DecisionError
 from .checkpointing import checkpoint_layers
+from .clipping import clip_gradients
 from .optimizers import optimizers_of
+
 
 def run_training(
     module: nn.Module,
@@ -45,7 +47,7 @@ def run_training(
             forward_and_backward(module, inputs, training)
         phase(updating)
         if training.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(module.parameters(), training.clip_grad_norm)
+            clip_gradients(module.parameters(), training.clip_grad_norm)
         with around_step():
             for optimizer in optimizers:
                 optimizer.step()
