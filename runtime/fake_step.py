@@ -79,7 +79,7 @@ def run_fake(
 
     with imagined(found, module, inputs, offload, around(found)) as faked:
         with found:
-            stepping = functools.partial(on_fake_tensors, training, found.uncounted, found.taken)
+            stepping = functools.partial(on_fake_tensors, training, device != _HOST, found.uncounted, found.taken)
             run_training(module, faked, training, phase, optimizers.append, stepping)
         for optimizer in optimizers:
             _label_state(found, module, optimizer, offload, training.implementation == "fused")
