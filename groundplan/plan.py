@@ -18,6 +18,7 @@ from .planner.decisions import Decisions, default_decisions
 from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
+from .planner.profile import NoProfile, Profile
 from .planner.quantizing import Filter
 from .planner.rank_runs import memory_of_ranks
 from .planner.replayed_run import Allocator
@@ -147,10 +148,13 @@ class Plan:
         (152, 68)
         """
         check_tier(tier, workload, allocator)
-        found = memory(self.graph, self.decisions, workload) if tier == "T0" or workload is None else self._run_of(workload)
+        if tier == "T0" or workload is None:
+            found = memory(self.graph, self.decisions, workload, self._profile(workload))
+        else:
+            found = self._run_of(workload)
         if tier != "T2" and allocator is None:
             return found
-        return with_reserved(found, self.graph, self.decisions, workload, Allocator.of(allocator, cluster))
+        return with_reserved(found, Allocator.of(allocator, cluster))
 
     def _run_of(self, workload: Training) -> Memory:
         """The memory of tier T1: from runs of the step."""
@@ -158,10 +162,18 @@ class Plan:
             from .runtime.fake_ranks import fake_rank_step  # torch.distributed, which it imports, takes a second
 
             run_of = partial(fake_rank_step, self._bound, self.decisions, workload)
-            return memory_of_ranks(self.graph, self.decisions, workload, run_of)
+            return memory_of_ranks(self.graph, self.decisions, workload, run_of, self._profile(workload))
         from .runtime.fake_step import fake_step
 
-        return memory_of_run(self.graph, self.decisions, workload, fake_step(self._bound, self.decisions, workload))
+        run = fake_step(self._bound, self.decisions, workload)
+        return memory_of_run(self.graph, self.decisions, workload, run, self._profile(workload))
+
+    def _profile(self, workload: Training | None) -> Profile | NoProfile | None:
+        if workload is None:
+            return None
+        from .runtime.profiles import profile_of
+
+        return profile_of(self._bound, self.decisions, workload)
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 

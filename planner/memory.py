@@ -12,6 +12,7 @@ from typing import Any
 
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import ParamGraph
+from .activity import trained
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .allocator_events import Usage
 from .changes import HOST, Change
@@ -21,11 +22,12 @@ from .cuda_left_out import left_out_of
 from .decisions import Decisions, final_device, final_dtype
 from .optimizer import Trained
 from .optimizers import OPTIMIZERS
+from .profile import NoProfile, Profile
 from .quantizing import Quantizing
-from .rank_memory import LOAD_NOTE, is_ddp, rank_timelines, staged
+from .rank_memory import LOAD_NOTE, computing_device, is_ddp, rank_timelines, staged
 from .replayed_run import Allocator, ReplayedRun
 from .series import Series, series_of_changes, series_of_run
-from .training_memory import Stepped, hidden_names, training_phases
+from .training_memory import Stepped, hidden_names
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
 
@@ -228,47 +230,60 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
 # -- the verb -----------------------------------------------------------------------------------------------------------
 
 
-def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = None) -> Memory:
+def memory(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None = None, profile: Profile | NoProfile | None = None
+) -> Memory:
     """The bytes of each phase for building `graph` by `decisions` and, with a `workload`, for training it.
+
+    A `profile` of the module for that workload says what forward and backward take; without one that is left out.
 
     Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
     if _is_of_a_rank(decisions):
-        return _of_rank(graph, decisions, workload, 0)
-    timelines = timelines_of(graph, decisions, workload)
+        return _of_rank(graph, decisions, workload, profile, 0)
+    timelines = timelines_of(graph, decisions, workload, profile)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    left_out = () if workload is None else ("activations",)
-    notes = tuple(_notes(decisions, workload))
+    left_out = () if workload is None or isinstance(profile, Profile) else ("activations",)
+    notes = tuple(_notes(decisions, workload, profile))
     return Memory(by_device, _binding(by_device, timelines), notes, left_out=left_out, changes=timelines)
 
 
-def timelines_of(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int = 0) -> dict[str, list[Change]]:
+def timelines_of(
+    graph: ParamGraph,
+    decisions: Decisions,
+    workload: Training | None,
+    profile: Profile | NoProfile | None = None,
+    rank: int = 0,
+) -> dict[str, list[Change]]:
     """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
+    known = profile if isinstance(profile, Profile) else None
     if _is_of_a_rank(decisions):
-        return rank_timelines(graph, decisions, workload, rank)
+        return rank_timelines(graph, decisions, workload, rank, known)
     walk = Walk(graph)
     for step in decisions.steps:
         walk.take(step)
     walk.finish()
-    return _timelines(graph, decisions, workload, walk)
+    return _timelines(graph, decisions, workload, walk, known)
 
 
 def _is_of_a_rank(decisions: Decisions) -> bool:
     return decisions.sharding is not None or decisions.placing is not None or bool(decisions.quantizing)
 
 
-def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
+def _of_rank(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None, rank: int
+) -> Memory:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
-    timelines = rank_timelines(graph, decisions, workload, rank)
+    timelines = timelines_of(graph, decisions, workload, profile, rank)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     return Memory(
         by_device,
         _binding(by_device, timelines),
-        tuple(_rank_notes(decisions, workload)),
+        tuple(_rank_notes(decisions, workload, profile)),
         1 if decisions.sharding is None else decisions.sharding.ranks,
-        lambda index: _of_rank(graph, decisions, workload, index),
-        () if workload is None else ("activations", "gathered units", "communication buffers"),
+        lambda index: _of_rank(graph, decisions, workload, profile, index),
+        () if workload is None or isinstance(profile, Profile) else ("activations", "gathered units", "communication buffers"),
         _communicators(decisions),
         changes=timelines,
     )
@@ -280,12 +295,15 @@ def _communicators(decisions: Decisions) -> int:
     return len(axes) + (len(axes) > 1)
 
 
-def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk) -> dict[str, list[Change]]:
+def _timelines(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk, profile: Profile | None
+) -> dict[str, list[Change]]:
     weights = walk.resident()
     found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
     state: list[Change] = []
     if workload is not None:
-        phases, state = training_phases(weights, list(_stepped(graph, decisions, workload)), workload)
+        stepped = list(_stepped(graph, decisions, workload))
+        phases, state = trained(graph, weights, stepped, workload, profile, computing_device(graph, decisions))
         found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
@@ -316,6 +334,7 @@ def memory_of_run(
     decisions: Decisions,
     workload: Training,
     run: Timeline,
+    profile: Profile | NoProfile | None = None,
     rank: int = 0,
     of_rank: Callable[[int], Memory] | None = None,
 ) -> Memory:
@@ -323,7 +342,7 @@ def memory_of_run(
 
     `of_rank` gives that of any rank. Raises what `memory` raises.
     """
-    weights, closed = memory(graph, decisions).rank(rank), memory(graph, decisions, workload).rank(rank)
+    weights, closed = memory(graph, decisions).rank(rank), memory(graph, decisions, workload, profile).rank(rank)
     by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
     by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
     places = [(phase, device) for phase, devices in by_device.items() for device in devices]
@@ -396,7 +415,7 @@ def _tensors_at_peak(changes: Iterable[Change], device: str, peak: int) -> tuple
 # -- assumptions --------------------------------------------------------------------------------------------------------
 
 
-def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
+def _notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct leaves out what the constructor makes and drops, and temporaries inside an op, such as orthogonal_'s"
     if decisions.steps:
@@ -404,9 +423,18 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
         yield "construct may take more where _apply is overridden (nn.LSTM)"
     yield LOAD_NOTE
     if workload is not None:
-        yield "training: activations and temporary workspaces are not included yet"
+        yield from _profile_notes(profile, workload, "activations")
         yield f"training: {OPTIMIZERS[workload.optimizer].note}"
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
+
+
+def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what: str) -> Iterator[str]:
+    if isinstance(profile, Profile):
+        yield "training: activations are those of one forward and backward, traced with the CPU's kernels"
+        if workload.loss is None:
+            yield "the loss is the output's own, or else the sum of the outputs"
+    else:
+        yield f"training: {what} are not included{f': {profile.reason}' if profile is not None else ''}"
 
 
 def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
@@ -435,7 +463,7 @@ def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:
         yield "construct quantizes a layer as soon as its last tensor is made; a layer is taken to have its weight last"
 
 
-def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
+def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None) -> Iterator[str]:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
     sharding = decisions.sharding
     if sharding is not None:
@@ -446,7 +474,7 @@ def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str
         yield from _quantizing_notes(quantizing)
     yield LOAD_NOTE
     if workload is not None:
-        yield "training: activations, gathered units and communication buffers are not included yet"
+        yield from _profile_notes(profile, workload, "activations, gathered units and communication buffers")
         yield f"training: {OPTIMIZERS[workload.optimizer].note}"
         if is_ddp(decisions):
             yield "training: DDP's buckets hold every gradient once more"

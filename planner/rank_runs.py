@@ -12,6 +12,7 @@ from ..tracer.graph import ParamGraph
 from .allocations import Timeline
 from .decisions import Decisions
 from .memory import Memory, memory_of_run
+from .profile import NoProfile, Profile
 from .rank_memory import coordinate_of, local_shape
 from .sharding import Sharding
 from .workload import Training
@@ -31,7 +32,13 @@ def rank_class(graph: ParamGraph, sharding: Sharding, rank: int) -> RankClass:
     return tuple(found)
 
 
-def memory_of_ranks(graph: ParamGraph, decisions: Decisions, workload: Training, run_of: Callable[[int], Timeline]) -> Memory:
+def memory_of_ranks(
+    graph: ParamGraph,
+    decisions: Decisions,
+    workload: Training,
+    run_of: Callable[[int], Timeline],
+    profile: Profile | NoProfile | None = None,
+) -> Memory:
     """The memory of training on rank 0, which holds most; that of others on demand, with one run for each class.
 
     `run_of` runs the step of one rank. Raises what it and `memory` raise.
@@ -44,6 +51,6 @@ def memory_of_ranks(graph: ParamGraph, decisions: Decisions, workload: Training,
         found = rank_class(graph, sharding, index)
         if found not in runs:
             runs[found] = run_of(index)
-        return memory_of_run(graph, decisions, workload, runs[found], index, of_rank)
+        return memory_of_run(graph, decisions, workload, runs[found], profile, index, of_rank)
 
     return of_rank(0)

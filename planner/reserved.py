@@ -8,7 +8,7 @@ in the optimizer's state count as one allocation.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..tracer.graph import ParamGraph
@@ -54,7 +54,10 @@ def reserved(
     rank that the plan does not have.
     """
     check_rank(rank, 1 if decisions.sharding is None else decisions.sharding.ranks)
-    timelines = timelines_of(graph, decisions, workload, rank)
+    return _of_changes(timelines_of(graph, decisions, workload, rank=rank), config)
+
+
+def _of_changes(timelines: Mapping[str, Sequence[Change]], config: AllocatorConfig | None) -> dict[str, dict[str, Usage]]:
     return {
         phase: {device: replay_timeline(changes, device, config).peak for device in _cuda_devices(changes)}
         for phase, changes in timelines.items()
@@ -64,22 +67,20 @@ def reserved(
 # -- in a Memory --------------------------------------------------------------------------------------------------------
 
 
-def with_reserved(
-    found: Memory, graph: ParamGraph, decisions: Decisions, workload: Training | None, allocator: Allocator, rank: int = 0
-) -> Memory:
+def with_reserved(found: Memory, allocator: Allocator) -> Memory:
     """The same memory with what is reserved beside it: of a run in tier T2, else of T0's changes.
 
     A run is replayed from its start to its end, which begins with the weights alone. The other phases begin with an empty
     allocator, but saving a checkpoint comes after the run: what training reserved stays reserved.
     """
-    phases = reserved(graph, decisions, workload, rank, allocator.config)
+    phases = _of_changes(found.changes, allocator.config)
     replayed = None
     if found.run is not None:
         replayed = replay_run(found.run, allocator)
         phases = {phase: _of_phase(phase, replayed, phases.get(phase, {})) for phase in found.by_device}
 
     def of_rank(index: int) -> Memory:
-        return with_reserved(found.rank(index), graph, decisions, workload, allocator, index)
+        return with_reserved(found.rank(index), allocator)
 
     return replace(
         found,

@@ -21,11 +21,11 @@ class Stepped(NamedTuple):
 
 
 def training_phases(
-    weights: Sequence[Change], stepped: Sequence[Stepped], workload: Training
+    weights: Sequence[Change], stepped: Sequence[Stepped], workload: Training, active: Sequence[Change] | None = None
 ) -> tuple[dict[str, list[Change]], list[Change]]:
     """The phases of a training step, on top of `weights`, and the optimizer's state by itself.
 
-    With several micro-batches in a step the gradients of the ones before stay, so that they are there from the beginning, and a
+    `active` is what forward and backward do (`activity.py`); without it only the gradients that they leave are counted. With several micro-batches in a step the gradients of the ones before stay, so that they are there from the beginning, and a
     new one is there in full before it is added to the old (torch/csrc/autograd/functions/accumulate_grad.h).
     """
     parameters, gradients = [each.parameter for each in stepped], [each.gradient for each in stepped]
@@ -33,12 +33,12 @@ def training_phases(
     on_device, on_host = state_pieces(*chosen)
     state = [*_changes(stepped, on_device), *(each._replace(device=HOST) for each in _changes(stepped, on_host))]
     clipped = [] if workload.clip_grad_norm is None else _changes(stepped, clipping_pieces(parameters))
-    added = _largest_by_device(gradients) if workload.accumulate > 1 else []
-    step = [*weights, *state, *gradients]
+    if active is None:
+        active = [*gradients, *(_largest_by_device(gradients) if workload.accumulate > 1 else [])]
     phases = {
-        "first_step": [*weights, *gradients, *added],
-        "step": [*step, *added],
-        "optimizer": [*step, *clipped, *_released(clipped), *_changes(stepped, working_pieces(*chosen))],
+        "first_step": [*weights, *active],
+        "step": [*weights, *state, *active],
+        "optimizer": [*weights, *state, *gradients, *clipped, *_released(clipped), *_changes(stepped, working_pieces(*chosen))],
     }
     return phases, state
 

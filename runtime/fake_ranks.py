@@ -53,7 +53,7 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
     @contextmanager
     def around(found: Allocations) -> Iterator[None]:
         found.collective_scratch = gloo_scratch_bytes
-        with _propagation_apart(), fsdp_followed(found, module, copied):
+        with propagation_apart(), fsdp_followed(found, module, copied):
             yield
 
     if sharding.axis("shard") is None and sharding.axis("tensor") is None:
@@ -89,7 +89,7 @@ def _stepping_dtensors(chosen: Training, asked: Training, module: nn.Module) -> 
 
 
 @contextmanager
-def _propagation_apart() -> Iterator[None]:
+def propagation_apart() -> Iterator[None]:
     """DTensor finds out the shape of a result on tensors of the whole's shape, in a mode of their own: they are nobody's memory.
 
     Nor are generators kept for each device, as the CPU has none; torch would warn of that at every random op.

@@ -74,17 +74,36 @@ def run_fake(
     With `offload`, parameters, gradients and the optimizer are in host memory. The run goes on within what `around` gives.
     """
     found = Allocations(device == _HOST, (FIRST_OPTIMIZER, OPTIMIZER) if offload else ())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     optimizers: list[torch.optim.Optimizer] = []
 
     def phase(name: str) -> None:
-        _label_gradients(found, module, offload)
+        label_gradients(found, module, offload)
         found.phase(name)
 
+    with imagined(found, module, inputs, device, offload, around(found)) as faked:
+        with found:
+            stepping = functools.partial(on_fake_tensors, training, device != _HOST, found.uncounted, found.taken)
+            run_training(module, faked, training, phase, optimizers.append, stepping)
+        for optimizer in optimizers:
+            _label_state(found, module, optimizer, offload, training.implementation == "fused")
+    return found.timeline(device, _HOST)
+
+
+@contextmanager
+def imagined(
+    found: Allocations,
+    module: nn.Module,
+    inputs: Any,
+    device: str,
+    offload: bool = False,
+    around: AbstractContextManager[None] | None = None,
+) -> Iterator[Any]:
+    """The surroundings of a run: fake tensors are in `module`, whose tensors and inputs `found` knows; gives the fake inputs."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     chosen = cuda_kernels() if device.startswith("cuda") else nullcontext()
     kept = (_values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found))
     with ExitStack() as stack:
-        for each in (*kept, chosen, around(found), mode):
+        for each in (*kept, chosen, around or nullcontext(), mode):
             stack.enter_context(each)
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
@@ -94,15 +113,10 @@ def run_fake(
             found.label(tensor, "input", name)
         handles = found.follow(module)
         try:
-            with found:
-                stepping = functools.partial(on_fake_tensors, training, device != _HOST, found.uncounted, found.taken)
-                run_training(module, faked, training, phase, optimizers.append, stepping)
+            yield faked
         finally:
             for handle in handles:
                 handle.remove()
-        for optimizer in optimizers:
-            _label_state(found, module, optimizer, offload, training.implementation == "fused")
-    return found.timeline(device, _HOST)
 
 
 def device_of(build: Build, decisions: Decisions) -> str:
@@ -132,7 +146,8 @@ def _named(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), value
 
 
-def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> None:
+def label_gradients(found: Allocations, module: nn.Module, offload: bool = False) -> None:
+    """Say which tensors are gradients."""
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             found.label(parameter.grad, "gradient", name, on_host=offload)

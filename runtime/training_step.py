@@ -44,7 +44,7 @@ def run_training(
     for stepping, updating in ((FIRST_STEP, FIRST_OPTIMIZER), (STEP, OPTIMIZER)):
         phase(stepping)
         for _ in range(training.accumulate):
-            _forward_and_backward(module, inputs, training)
+            forward_and_backward(module, inputs, training)
         phase(updating)
         if training.clip_grad_norm is not None:
             clip_gradients(module.parameters(), training.clip_grad_norm)
@@ -55,7 +55,8 @@ def run_training(
             optimizer.zero_grad()
 
 
-def _forward_and_backward(module: nn.Module, inputs: Any, training: Training) -> None:
+def forward_and_backward(module: nn.Module, inputs: Any, training: Training) -> None:
+    """The loss of one batch, and its gradients."""
     with nullcontext() if training.autocast is None else torch.autocast("cpu", training.autocast):
         loss = _loss(module, inputs, training)
     if training.accumulate > 1:

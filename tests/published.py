@@ -18,7 +18,7 @@ import groundplan as gp
 from groundplan.planner.allocations import OPTIMIZER, STEP, Timeline
 from groundplan.planner.replayed_run import Allocator, replay_run
 from groundplan.runtime.allocations import Allocations
-from groundplan.runtime.fake_ranks import _propagation_apart
+from groundplan.runtime.fake_ranks import propagation_apart
 from groundplan.runtime.fake_step import run_fake
 from groundplan.runtime.fake_world import fake_world
 from groundplan.runtime.fsdp_memory import fsdp_followed
@@ -62,7 +62,7 @@ def step_of(run: Published) -> Timeline:
 
     @contextmanager
     def around(found: Allocations) -> Iterator[None]:
-        with _propagation_apart(), fsdp_followed(found, module):
+        with propagation_apart(), fsdp_followed(found, module):
             yield
 
     with fake_world(run.gpus, 0):

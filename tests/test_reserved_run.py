@@ -252,7 +252,7 @@ def large() -> Memory:
     from groundplan.planner.reserved import with_reserved
 
     found = memory_of_run(plan.graph, plan.decisions, training(), run)
-    return replace(with_reserved(found, plan.graph, plan.decisions, training(), Allocator()), left_out=())
+    return replace(with_reserved(found, Allocator()), left_out=())
 
 
 def sizes(found: Memory) -> Iterator[int]:
