@@ -151,7 +151,7 @@ def _kept(totals: Bytes, reserved: Bytes | None, first: int, points: int) -> lis
     """The places in `totals`, counted from `first`, that are kept of a phase."""
     if len(totals) <= points:
         return list(range(first, first + len(totals)))
-    kept = {0, len(totals) - 1, int(totals.argmax())}
+    kept = {0, len(totals) - 1}
     if reserved is not None:
         kept.add(int(reserved[first : first + len(totals)].argmax()))
     edges = np.linspace(0, len(totals), points // 2 + 1, dtype=np.int64)
