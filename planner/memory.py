@@ -16,6 +16,7 @@ from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
 from .decisions import Decisions, final_device, final_dtype
+from .local_parts import distinct_ranks
 from .quantizing import Quantizing
 from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
 from .verdict import MARGIN, Verdict, verdict
@@ -57,8 +58,9 @@ class Memory:
     * `checkpoint`: saving.
 
     The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
-    the worst one, rank 0; `rank(i)` gives that of any. `left_out` is what takes memory in some phase and is not counted;
-    `communicators` is how many groups of ranks talk to each other.
+    the worst one; `rank(i)` gives that of any. No rank takes more than one of `distinct` does: rank 0, or the first of each part
+    of a pipeline. `left_out` is what takes memory in some phase and is not counted; `communicators` is how many groups of ranks
+    talk to each other.
 
     `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
     on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
@@ -75,6 +77,7 @@ class Memory:
     tier: str = "T0"
     closed_form: Memory | None = field(default=None, repr=False)
     run: Timeline | None = field(default=None, repr=False)
+    distinct: tuple[int, ...] = (0,)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -176,7 +179,8 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
     if _is_of_a_rank(decisions):
-        return _of_rank(graph, decisions, workload, 0)
+        ranks = distinct_ranks(decisions.sharding)
+        return max((_of_rank(graph, decisions, workload, rank) for rank in ranks), key=lambda each: each.peak)
     timelines = timelines_of(graph, decisions, workload)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     left_out = () if workload is None else ("activations",)
@@ -205,18 +209,27 @@ def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None,
     return Memory(
         by_device,
         _binding(by_device, timelines),
-        tuple(_rank_notes(decisions, workload)),
+        tuple(_rank_notes(decisions, workload, rank)),
         1 if decisions.sharding is None else decisions.sharding.ranks,
         lambda index: _of_rank(graph, decisions, workload, index),
         () if workload is None else ("activations", "gathered units", "communication buffers"),
         _communicators(decisions),
+        distinct=distinct_ranks(decisions.sharding),
     )
 
 
 def _communicators(decisions: Decisions) -> int:
-    """One for each axis along which there are several ranks, and one for all ranks together where that is another group."""
-    axes = [] if decisions.sharding is None else [axis for axis in decisions.sharding.axes if axis.size > 1]
-    return len(axes) + (len(axes) > 1)
+    """One for each axis along which there are several ranks, and one for all ranks together where that is another group.
+
+    Another for the shard and context axes as one, and for the ranks that FSDP divides the same experts between.
+    """
+    sharding = decisions.sharding
+    if sharding is None:
+        return 0
+    axes = [axis for axis in sharding.axes if axis.size > 1]
+    flattened = sharding.size("shard") > 1 and sharding.size("context") > 1
+    between_experts = sharding.size("expert") > 1 and sharding.expert_shard_ranks > 1
+    return len(axes) + (len(axes) > 1) + flattened + between_experts
 
 
 def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk) -> dict[str, list[Change]]:
@@ -373,11 +386,11 @@ def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:
         yield "construct quantizes a layer as soon as its last tensor is made; a layer is taken to have its weight last"
 
 
-def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
+def _rank_notes(decisions: Decisions, workload: Training | None, rank: int) -> Iterator[str]:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
     sharding = decisions.sharding
     if sharding is not None:
-        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
+        yield f"of rank {rank} of {sharding.ranks} ({sharding.describe()})"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
     for quantizing in decisions.quantizing:
@@ -386,5 +399,5 @@ def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str
     if workload is not None:
         yield "training: activations, gathered units and communication buffers are not included yet"
         yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
-        if sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None:
+        if sharding is not None and not sharding.shards and sharding.axis("replicate") is not None:
             yield "training: DDP's buckets hold every gradient once more"

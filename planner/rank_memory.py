@@ -16,9 +16,10 @@ from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
 from .decisions import Decisions, Move, cast_dtype, final_dtype
+from .local_parts import LocalParts
 from .placing import DISK
 from .quantizing import quantized_names
-from .sharding import Axis, Cut, Sharding
+from .sharding import Axis, Sharding
 from .workload import Training
 
 READ_BYTES = 2**24
@@ -58,38 +59,6 @@ class Held:
         return self.numel * self.itemsize + self.quantized
 
 
-def coordinate_of(sharding: Sharding, rank: int) -> dict[str, int]:
-    """Where a rank stands on each axis, by its role: the last axis goes fastest."""
-    found: dict[str, int] = {}
-    for axis in reversed(sharding.axes):
-        rank, found[axis.role] = divmod(rank, axis.size)
-    return found
-
-
-def local_shape(
-    shape: Sequence[int], cut: Cut | None, sharded: bool, sharding: Sharding, place: dict[str, int]
-) -> tuple[int, ...]:
-    """The shape of what the rank at `place` holds of a tensor."""
-    local = list(shape)
-    if cut is not None:
-        pieces = _chunks(local[cut.dim], cut.split)
-        size = sharding.size("tensor")
-        local[cut.dim] = sum(_chunk(piece, size, place["tensor"]) for piece in pieces)
-    if sharded and local:
-        local[0] = _chunk(local[0], sharding.size("shard"), place["shard"])
-    return tuple(local)
-
-
-def _chunk(total: int, parts: int, part: int) -> int:
-    """The size of a part, as `torch.chunk` divides."""
-    step = -(-total // parts)
-    return max(0, min(step, total - part * step))
-
-
-def _chunks(total: int, parts: int) -> list[int]:
-    return [_chunk(total, parts, part) for part in range(parts)]
-
-
 def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> dict[str, list[Change]]:
     """What one rank allocates and releases in every phase."""
     held = list(_held(graph, decisions, rank))
@@ -120,7 +89,7 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
 def _is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
-    return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None
+    return sharding is not None and not sharding.shards and sharding.axis("replicate") is not None
 
 
 def _change(held: Held, nbytes: int) -> Change:
@@ -143,18 +112,17 @@ def _largest(changes: Sequence[Change]) -> list[Change]:
 def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     """What a rank holds of every tensor, in the order in which they are made: whole ones first."""
     sharding = decisions.sharding or Sharding(axes=(Axis(name="dp_replicate", size=1),))
-    place, cuts = coordinate_of(sharding, rank), sharding.cuts(graph)
-    first, fsdp = dict.fromkeys(place, 0), sharding.axis("shard") is not None
+    parts = LocalParts.of_rank(sharding, graph, rank)
     tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
     for tensor in sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph))):
-        cut = next((cuts[name] for name in tensor.names if name in cuts), None)
-        sharded = fsdp and tensor.kind == "parameter"
-        numel = math.prod(local_shape(tensor.shape, cut, sharded, sharding, place))
+        if (shape := parts.shape(tensor)) is None:
+            continue
+        numel = math.prod(shape)
         held = Held(
             tensor,
             _device(tensor, graph, decisions),
             numel,
-            padded=math.prod(local_shape(tensor.shape, cut, sharded, sharding, first)) if sharded else numel,
+            padded=math.prod(parts.shape(tensor, first=True) or ()) if parts.is_sharded(tensor) else numel,
             working=_working(tensor, graph, decisions, numel),
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
