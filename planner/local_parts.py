@@ -1,8 +1,8 @@
 """What each rank holds of every tensor: nothing, all of it, or a part, by the sharding's axes.
 
 A rank holds what is on its pipeline stages. Of that, the expert axis divides experts, and the tensor axis single layers by rule.
-FSDP divides what is left, along dim 0, between all ranks of the shard and context axes; experts between the ranks that hold the same ones, along dim 1 where there are more ranks than experts (torchtitan's
-`apply_fsdp_to_decoder`, `torchtitan/distributed/fsdp.py`).
+FSDP divides what is left, along dim 0, between all ranks of the shard and context axes; experts between the ranks that hold the
+same ones, along dim 1 where there are more ranks than experts (torchtitan/distributed/fsdp.py, `apply_fsdp_to_decoder`).
 """
 
 from __future__ import annotations
