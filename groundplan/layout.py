@@ -64,8 +64,8 @@ def _sharding_lines(graph: ParamGraph, sharding: Sharding) -> Iterator[str]:
     if sharding.pipeline is not None:
         yield from _pipeline_lines(graph, sharding.pipeline, sharding.size("pipeline"))
     if sharding.experts:
-        left = f", each of them by FSDP between {sharding.expert_shard_ranks}" if sharding.shards else ""
-        yield f"experts divided between {sharding.size('expert')} ranks{left}: {_list(sharding.experts)}"
+        left = f", and by FSDP between the {sharding.expert_shard_ranks} that hold the same" if sharding.shards else ""
+        yield f"experts divided between {sharding.size('expert')} ranks, not by the tensor axis{left}: {_list(sharding.experts)}"
     if sharding.shards:
         units = sharding.unit_names(graph)
         after = "freed after the forward pass" if sharding.reshard is True else "kept until the backward pass"
@@ -88,7 +88,7 @@ def _pipeline_lines(graph: ParamGraph, pipeline: Pipeline, ranks: int) -> Iterat
     each = len(pipeline.stages) // ranks
     yield f"{pipeline.schedule}: {pipeline.microbatches} micro-batches through {len(pipeline.stages)} stages, {each} on a rank"
     for number, names in enumerate(pipeline.stages[:_SHOWN]):
-        yield f"stage {number}, on part {number % ranks}: {_list(names)}"
+        yield f"stage {number}, on rank {number % ranks} of the pipeline: {_list(names)}"
     if len(pipeline.stages) > _SHOWN:
         yield f"… and {len(pipeline.stages) - _SHOWN} more stages"
     for tensor, stages in tied_between(pipeline, graph):
@@ -133,7 +133,9 @@ def _divisions(tensor: TensorNode, local: LocalParts) -> Iterator[str]:
         pieces = f" of each of {cut.split} pieces" if cut.split > 1 else ""
         yield f"along dim {cut.dim}{pieces} between {sharding.size('tensor')} ranks"
     if expert is not None:
-        which = f"of {expert.total} experts" if expert.number is None else f"as expert {expert.number} of {expert.total}"
+        which = (
+            f"along dim 0, {expert.total} experts" if expert.number is None else f"as expert {expert.number} of {expert.total},"
+        )
         yield f"{which} between {sharding.size('expert')} ranks"
     if local.is_sharded(tensor):
         ranks = sharding.shard_ranks if expert is None else sharding.expert_shard_ranks

@@ -116,10 +116,15 @@ def _candidates(graph: ParamGraph) -> Iterator[str]:
         if len(shapes) == 1 and len(modules) > 1 and _has_router(name, len(modules), _under(name, parameters), parameters):
             yield name
     for module, names in parameters_by_module(graph).items():
-        stacks = [name for name in names if name in parameters and len(parameters[name].shape) == 3]
-        counts = {parameters[name].shape[0] for name in stacks}
-        if len(counts) == 1 and (count := counts.pop()) > 1 and _has_router(module, count, names, parameters):
+        stacks = [parameters[name].shape for name in names if name in parameters and len(parameters[name].shape) == 3]
+        counts = {shape[0] for shape in stacks}
+        if len(counts) == 1 and _are_stacks(stacks, count := counts.pop()) and _has_router(module, count, names, parameters):
             yield from (name for name in names if name in parameters and _counts(parameters[name], count))
+
+
+def _are_stacks(shapes: Sequence[tuple[int, ...]], count: int) -> bool:
+    """Whether they are matrices, one for each of several experts, and no kernels of convolutions, which are small instead."""
+    return 1 < count <= min(size for shape in shapes for size in shape[1:])
 
 
 def _counts(tensor: TensorNode, count: int) -> bool:

@@ -36,10 +36,10 @@ def pipeline_of(
     chosen = schedule or "1f1b"
     if chosen not in PER_RANK:
         raise DecisionError(f"no schedule is called {chosen!r} (known: {', '.join(PER_RANK)}){nearest(str(chosen), PER_RANK)}")
-    names = stage_names(graph, ranks * PER_RANK[chosen] if stages is None else stages)
     for what, number in (("microbatches", microbatches), ("stages", stages if isinstance(stages, int) else None)):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise DecisionError(f"{what} is {number!r}; it counts from 1 up")
+    names = stage_names(graph, ranks * PER_RANK[chosen] if stages is None else stages)
     return Pipeline(schedule=chosen, microbatches=microbatches or len(names), stages=names)
 
 
