@@ -75,7 +75,7 @@ class Model(nn.Module):
 def divided(mesh: DeviceMesh, sequence: bool, loss: bool) -> nn.Module:
     """The model by torchtitan's rules for Llama (`apply_non_moe_tp`), with or without sequence and loss parallelism."""
     stream = Shard(1) if sequence else Replicate()
-    out = {"output_layouts": Shard(-1) if loss else Replicate(), "use_local_output": not loss}
+    out: dict[str, Any] = {"output_layouts": Shard(-1) if loss else Replicate(), "use_local_output": not loss}
     rules: dict[str, Any] = {
         "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
         "layers.*.feed.up": ColwiseParallel(),
@@ -124,7 +124,7 @@ def kinds_of_saved() -> dict[str, int]:
         return tensor
 
     for each in (*(layer.feed.up for layer in module.layers), module.head):  # type: ignore[union-attr]
-        each.register_forward_pre_hook(remember)  # type: ignore[union-attr, arg-type]
+        each.register_forward_pre_hook(remember)  # type: ignore[union-attr]
     tokens = torch.randint(0, WORDS, (SAMPLES, LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = module(tokens)
@@ -160,8 +160,9 @@ def pipeline_case(dtype: torch.dtype | None) -> tuple[int, int]:
     for _ in range(_REPEATS):
         module.zero_grad(set_to_none=True)
         gc.collect()
+        inputs, target = ((), batch) if stage else ((batch,), None)
         with plain_kernels(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            schedule.step(*((batch,) if stage == 0 else ()), return_outputs=False, **({"target": batch} if stage else {}))
+            schedule.step(*inputs, return_outputs=False, target=target)
         peaks.append(_peak(memory_events(profiler)))
     return min(peaks), fsdp_in_pipeline(units, 2 if dtype else 4, 4)
 

@@ -50,15 +50,14 @@ def peak_of(run: Callable[[], Any]) -> int:
 # -- context ------------------------------------------------------------------------------------------------------------
 
 
-def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> Any:
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=is_causal)
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=options["is_causal"])
 
 
-def flash_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: Any, logsumexp: Any, is_causal: bool, grad_out: Any
-) -> Any:
+def flash_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(grad_out, query, key, value, out, logsumexp, 0.0, is_causal)
+    out, logsumexp, is_causal = options["out"], options["logsumexp"], options["is_causal"]
+    return backward(options["grad_out"], query, key, value, out, logsumexp, 0.0, is_causal)
 
 
 @pytest.mark.parametrize("rotation", ["allgather", "alltoall"])

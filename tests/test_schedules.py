@@ -26,15 +26,14 @@ def pipeline(schedule: Any, stages: int, microbatches: int) -> Pipeline:
 # -- the order, as torch's objects have it ------------------------------------------------------------------------------
 
 
-class Stage(torchs._PipelineStageBase):
+class Stage:
     """A stage that writes down what it is told to do, and does nothing."""
 
     def __init__(self, index: int, stages: int, rank: int, ranks: int) -> None:
         self.stage_index, self.num_stages, self.group_rank, self.group_size = index, stages, rank, ranks
         self.submod, self.device, self.group, self.has_backward = nn.Identity(), torch.device("cpu"), None, True
+        self.is_first, self.is_last = index == 0, index == stages - 1
         self.done: list[Turn] = []
-
-    _prepare_forward_infra = _prepare_backward_infra = _create_grad_recv_info = None  # type: ignore[assignment]
 
     def forward_one_chunk(self, number: int, *args: Any, **options: Any) -> None:
         self.done.append(Turn(self.stage_index, number, True))
