@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +17,9 @@ from .planner.decisions import Decisions, default_decisions
 from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
+from .planner.profile import NoProfile, Profile
 from .planner.quantizing import Filter
+from .planner.rank_runs import memory_of_ranks
 from .planner.sharding import LAYERS, ROLES, Schedule, matches, sharding
 from .planner.workload import Training
 from .progress import shown
@@ -103,8 +105,11 @@ class Plan:
         """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
 
         `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
-        plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU.
-        It is for plans of one device. `workload.inputs` are the inputs of that step, or are made from the module's signature.
+        plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU. Of a
+        plan that shards it is the step of rank 0, under torch's own FSDP2 and tensor parallelism in a process group that talks to
+        nobody; your own process groups stay as they are. `rank(i)` of the result runs that rank's, if its parts have other
+        shapes. Plans that place or quantize have the closed form only. `workload.inputs` are the inputs of that step, of one
+        rank, or are made from the module's signature.
 
         Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, and `MemoryRunError` where the step looks
         at values, such as `if x.max() > 1`.
@@ -113,16 +118,31 @@ class Plan:
         {'construct': 64, 'load': 64, 'checkpoint': 64}
         >>> trace(torch.nn.Linear, 3, 4).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
         152
+        >>> trace(torch.nn.Linear, 3, 4).shard({"dp": 2}).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
+        88
         """
         if tier == "T0":
-            return memory(self.graph, self.decisions, workload)
+            return memory(self.graph, self.decisions, workload, self._profile(workload))
         if tier != "T1":
             raise DecisionError(f'tier={tier!r} is not known: say "T0" for the closed form, "T1" for a run on fake tensors')
         if workload is None:
             raise DecisionError('tier="T1" runs a training step; say which one: plan.memory(gp.Training(...), tier="T1")')
+        if self.decisions.sharding is not None:
+            from .runtime.fake_ranks import fake_rank_step  # torch.distributed, which it imports, takes a second
+
+            run_of = partial(fake_rank_step, self._bound, self.decisions, workload)
+            return memory_of_ranks(self.graph, self.decisions, workload, run_of, self._profile(workload))
         from .runtime.fake_step import fake_step
 
-        return memory_of_run(self.graph, self.decisions, workload, fake_step(self._bound, self.decisions, workload))
+        run = fake_step(self._bound, self.decisions, workload)
+        return memory_of_run(self.graph, self.decisions, workload, run, self._profile(workload))
+
+    def _profile(self, workload: Training | None) -> Profile | NoProfile | None:
+        if workload is None:
+            return None
+        from .runtime.profiles import profile_of
+
+        return profile_of(self._bound, self.decisions, workload)
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 

@@ -117,6 +117,11 @@ class LocalParts:
         """Whether FSDP divides it."""
         return self.sharding.shards and tensor.kind == "parameter"
 
+    def is_divided(self, tensor: TensorNode) -> bool:
+        """Whether it is a DTensor on its ranks: FSDP, the tensor or the expert axis divides it."""
+        expert = self.expert(tensor)
+        return self.is_sharded(tensor) or self.cut(tensor) is not None or (expert is not None and expert.number is None)
+
     def stages(self) -> tuple[int, ...]:
         """The pipeline stages that this rank has."""
         pipeline = self.sharding.pipeline

@@ -12,13 +12,18 @@ from typing import Any
 
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import ParamGraph
+from .activity import trained
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
+from .changes import HOST, Change
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
 from .decisions import Decisions, final_device, final_dtype
 from .local_parts import distinct_ranks
+from .optimizers import OPTIMIZERS, Trained
+from .profile import NoProfile, Profile
 from .quantizing import Quantizing
-from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
+from .rank_memory import LOAD_NOTE, computing_device, is_ddp, rank_timelines, staged
+from .training_memory import Stepped, hidden_names
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
 
@@ -172,47 +177,61 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
 # -- the verb -----------------------------------------------------------------------------------------------------------
 
 
-def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = None) -> Memory:
+def memory(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None = None, profile: Profile | NoProfile | None = None
+) -> Memory:
     """The bytes of each phase for building `graph` by `decisions` and, with a `workload`, for training it.
+
+    A `profile` of the module for that workload says what forward and backward take; without one that is left out.
 
     Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
     if _is_of_a_rank(decisions):
         ranks = distinct_ranks(decisions.sharding)
-        return max((_of_rank(graph, decisions, workload, rank) for rank in ranks), key=lambda each: each.peak)
-    timelines = timelines_of(graph, decisions, workload)
+        return max((_of_rank(graph, decisions, workload, profile, rank) for rank in ranks), key=lambda each: each.peak)
+    timelines = timelines_of(graph, decisions, workload, profile)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    left_out = () if workload is None else ("activations",)
-    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)), left_out=left_out)
+    left_out = () if workload is None or isinstance(profile, Profile) else ("activations",)
+    notes = tuple(_notes(decisions, workload, profile))
+    return Memory(by_device, _binding(by_device, timelines), notes, left_out=left_out)
 
 
-def timelines_of(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int = 0) -> dict[str, list[Change]]:
+def timelines_of(
+    graph: ParamGraph,
+    decisions: Decisions,
+    workload: Training | None,
+    profile: Profile | NoProfile | None = None,
+    rank: int = 0,
+) -> dict[str, list[Change]]:
     """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
+    known = profile if isinstance(profile, Profile) else None
     if _is_of_a_rank(decisions):
-        return rank_timelines(graph, decisions, workload, rank)
+        return rank_timelines(graph, decisions, workload, rank, known)
     walk = Walk(graph)
     for step in decisions.steps:
         walk.take(step)
     walk.finish()
-    return _timelines(graph, decisions, workload, walk)
+    return _timelines(graph, decisions, workload, walk, known)
 
 
 def _is_of_a_rank(decisions: Decisions) -> bool:
     return decisions.sharding is not None or decisions.placing is not None or bool(decisions.quantizing)
 
 
-def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
+def _of_rank(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None, rank: int
+) -> Memory:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
-    timelines = rank_timelines(graph, decisions, workload, rank)
+    timelines = timelines_of(graph, decisions, workload, profile, rank)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     return Memory(
         by_device,
         _binding(by_device, timelines),
-        tuple(_rank_notes(decisions, workload, rank)),
+        tuple(_rank_notes(decisions, workload, profile, rank)),
         1 if decisions.sharding is None else decisions.sharding.ranks,
-        lambda index: _of_rank(graph, decisions, workload, index),
-        () if workload is None else ("activations", "gathered units", "communication buffers"),
+        lambda index: _of_rank(graph, decisions, workload, profile, index),
+        () if workload is None or isinstance(profile, Profile) else ("activations", "gathered units", "communication buffers"),
         _communicators(decisions),
         distinct=distinct_ranks(decisions.sharding),
     )
@@ -232,16 +251,16 @@ def _communicators(decisions: Decisions) -> int:
     return len(axes) + (len(axes) > 1) + flattened + between_experts
 
 
-def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk) -> dict[str, list[Change]]:
+def _timelines(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk, profile: Profile | None
+) -> dict[str, list[Change]]:
     weights = walk.resident()
     found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
     state: list[Change] = []
     if workload is not None:
-        gradients = list(_gradients(graph, decisions))
-        state = _optimizer_state(gradients, workload)
-        found["first_step"] = [*weights, *gradients]
-        found["step"] = [*weights, *state, *gradients]
-        found["optimizer"] = [*found["step"], *_temporaries(gradients, workload)]
+        stepped = list(_stepped(graph, decisions, workload))
+        phases, state = trained(graph, weights, stepped, workload, profile, computing_device(graph, decisions))
+        found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
     return found
@@ -253,44 +272,45 @@ def _largest(changes: Iterable[Change], device: str) -> list[Change]:
     return [] if largest is None else [largest._replace(device=device)]
 
 
-def _gradients(graph: ParamGraph, decisions: Decisions) -> Iterator[Change]:
+def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Iterator[Stepped]:
     storages = {storage.index: storage for storage in graph.storages}
+    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
     for tensor in graph.parameters:
         device = memory_device(final_device(tensor, storages[tensor.view.storage], decisions))
         if tensor.requires_grad and device != "meta":
-            yield Change(device, tensor.name, tensor.numel * final_dtype(tensor, decisions).itemsize)
-
-
-def _optimizer_state(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    copies = [each._replace(nbytes=each.nbytes * workload.state_copies) for each in gradients]
-    return copies + [Change(HOST, each.tensor, workload.step_bytes) for each in gradients if workload.step_bytes]
-
-
-def _temporaries(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    parameters = [(each.device, each.nbytes) for each in gradients]
-    return [gradients[position]._replace(nbytes=nbytes) for position, nbytes in workload.temporaries(parameters)]
+            trained = Trained(device, tensor.shape, final_dtype(tensor, decisions), tensor.name in hidden)
+            yield Stepped(trained, Change(device, tensor.name, trained.nbytes))
 
 
 # -- tier T1 ------------------------------------------------------------------------------------------------------------
 
 
-def memory_of_run(graph: ParamGraph, decisions: Decisions, workload: Training, run: Timeline) -> Memory:
-    """The memory of training, with the phases of a step from a run of it, the others in closed form.
+def memory_of_run(
+    graph: ParamGraph,
+    decisions: Decisions,
+    workload: Training,
+    run: Timeline,
+    profile: Profile | NoProfile | None = None,
+    rank: int = 0,
+    of_rank: Callable[[int], Memory] | None = None,
+) -> Memory:
+    """The memory of training on one rank, with the phases of a step from a run of it, the others in closed form.
 
-    Raises what `memory` raises.
+    `of_rank` gives that of any rank. Raises what `memory` raises.
     """
-    weights, closed = memory(graph, decisions), memory(graph, decisions, workload)
+    weights, closed = memory(graph, decisions).rank(rank), memory(graph, decisions, workload, profile).rank(rank)
     by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
     by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
     places = [(phase, device) for phase, devices in by_device.items() for device in devices]
     phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    found = Memory(by_device, Binding(phase, device, by_device[phase][device], ()), tuple(_run_notes(device, workload)))
+    notes = tuple(_run_notes(decisions, device, workload))
+    found = replace(closed, by_device=by_device, binding=Binding(phase, device, by_device[phase][device], ()), notes=notes)
     tensors = weights.binding.tensors
     if phase in run.peaks:
         tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
     left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
     binding = replace(found.binding, tensors=tensors)
-    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
+    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out, of_rank=of_rank)
 
 
 def _is_cuda(device: str) -> bool:
@@ -350,7 +370,7 @@ def _tensors_at_peak(changes: Iterable[Change], device: str, peak: int) -> tuple
 # -- assumptions --------------------------------------------------------------------------------------------------------
 
 
-def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
+def _notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct leaves out what the constructor makes and drops, and temporaries inside an op, such as orthogonal_'s"
     if decisions.steps:
@@ -358,18 +378,32 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
         yield "construct may take more where _apply is overridden (nn.LSTM)"
     yield LOAD_NOTE
     if workload is not None:
-        yield "training: activations and temporary workspaces are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
+        yield from _profile_notes(profile, workload, "activations")
+        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
 
 
-def _run_notes(device: str, workload: Training) -> Iterator[str]:
+def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what: str) -> Iterator[str]:
+    if isinstance(profile, Profile):
+        yield "training: activations are those of one forward and backward, traced with the CPU's kernels"
+        if workload.loss is None:
+            yield "the loss is the output's own, or else the sum of the outputs"
+    else:
+        yield f"training: {what} are not included{f': {profile.reason}' if profile is not None else ''}"
+
+
+def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
+    sharding = decisions.sharding
+    if sharding is not None:
+        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), under torch's own sharding; ranks with like parts share a run"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):
         yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
     else:
-        yield "workspaces of oneDNN are not included"
+        yield "workspaces of oneDNN are not included" + (", copies that gloo makes are" if sharding is not None else "")
+    if is_ddp(decisions):
+        yield "DDP's buckets are in closed form, as its reducer does not run without memory"
     if workload.autocast is not None and device.startswith("cuda"):
         yield "autocast converts what it does on the CPU"
     if workload.loss is None:
@@ -386,7 +420,7 @@ def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:
         yield "construct quantizes a layer as soon as its last tensor is made; a layer is taken to have its weight last"
 
 
-def _rank_notes(decisions: Decisions, workload: Training | None, rank: int) -> Iterator[str]:
+def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None, rank: int) -> Iterator[str]:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
     sharding = decisions.sharding
     if sharding is not None:
@@ -397,7 +431,7 @@ def _rank_notes(decisions: Decisions, workload: Training | None, rank: int) -> I
         yield from _quantizing_notes(quantizing)
     yield LOAD_NOTE
     if workload is not None:
-        yield "training: activations, gathered units and communication buffers are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
-        if sharding is not None and not sharding.shards and sharding.axis("replicate") is not None:
+        yield from _profile_notes(profile, workload, "activations, gathered units and communication buffers")
+        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
+        if is_ddp(decisions):
             yield "training: DDP's buckets hold every gradient once more"

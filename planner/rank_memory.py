@@ -10,16 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
+from .activity import inputs, trained
+from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
-from .local_parts import LocalParts
+from .fsdp_form import Fsdp, Part, Unit
+from .local_parts import LocalParts, coordinate_of
+from .optimizers import Trained
+from .pipeline_memory import pipeline_activity
 from .placing import DISK
+from .profile import Profile
 from .quantizing import quantized_names
+from .records import dtype_named
 from .sharding import Axis, Sharding
+from .training_memory import Stepped, hidden_names, training_phases
 from .workload import Training
 
 READ_BYTES = 2**24
@@ -27,39 +34,33 @@ READ_BYTES = 2**24
 
 LOAD_NOTE = "load reads a checkpoint straight into the tensors; on other devices than the CPU a piece at a time, through the host"
 
-HOST = "cpu"
-
-
-class Change(NamedTuple):
-    """Bytes allocated on a device (released, if negative) for the sake of a tensor."""
-
-    device: str
-    tensor: str
-    nbytes: int
-
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made.
 
-    `quantized` are the bytes of what has been made of it, which it may have been dropped for.
+    `quantized` are the bytes of what has been made of it, which it may have been dropped for; `divided` says that it is a DTensor.
     """
 
     tensor: TensorNode
     device: str
+    shape: tuple[int, ...]
     numel: int
     padded: int
     working: int
     itemsize: int
     trains: bool
     quantized: int = 0
+    divided: bool = False
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.itemsize + self.quantized
 
 
-def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> dict[str, list[Change]]:
+def rank_timelines(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int, profile: Profile | None = None
+) -> dict[str, list[Change]]:
     """What one rank allocates and releases in every phase."""
     held = list(_held(graph, decisions, rank))
     constructed, weights = [], []
@@ -71,22 +72,84 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
     state: list[Change] = []
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
-        trained = [each for each in held if each.trains]
-        gradients = [_change(each, each.padded * each.itemsize) for each in trained]
-        buckets = gradients if _is_ddp(decisions) else []
-        state = [_change(each, each.nbytes * workload.state_copies) for each in trained]
-        state += [Change(HOST, each.tensor.name, workload.step_bytes) for each in trained if workload.step_bytes]
-        sizes = [(each.device, each.nbytes) for each in trained]
-        temporaries = [_change(trained[position], nbytes) for position, nbytes in workload.temporaries(sizes)]
-        found["first_step"] = [*padded, *buckets, *gradients]
-        found["step"] = [*padded, *buckets, *state, *gradients]
-        found["optimizer"] = [*found["step"], *temporaries]
+        stepped = _stepped(held, graph, decisions, workload)
+        buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
+        device, fsdp = computing_device(graph, decisions), None if profile is None else fsdp_of(graph, decisions, rank)
+        weights_then = [*padded, *buckets]
+        if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:
+            active = _in_pipeline(profile, decisions.sharding, rank, [each.gradient for each in stepped], device, fsdp)
+            phases, state = training_phases([*weights_then, *inputs(profile, device)], stepped, workload, active)
+        else:
+            phases, state = trained(graph, weights_then, stepped, workload, profile, device, fsdp)
+        found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
     return found
 
 
-def _is_ddp(decisions: Decisions) -> bool:
+def _in_pipeline(
+    profile: Profile, sharding: Sharding, rank: int, gradients: Sequence[Change], device: str, fsdp: Fsdp | None
+) -> list[Change]:
+    assert sharding.pipeline is not None
+    place = coordinate_of(sharding, rank)["pipeline"]
+    return pipeline_activity(profile, sharding.pipeline, sharding.size("pipeline"), place, gradients, device, fsdp)
+
+
+def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, workload: Training) -> list[Stepped]:
+    """What the optimizer steps: a rank's part, without the padding that its gradient has."""
+    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
+    found = []
+    for each in (each for each in held if each.trains):
+        tensor = each.tensor
+        whole = tensor.shape if each.divided else None
+        trained = Trained(each.device, each.shape, final_dtype(tensor, decisions), tensor.name in hidden, whole)
+        found.append(Stepped(trained, _change(each, each.padded * each.itemsize)))
+    return found
+
+
+def fsdp_of(graph: ParamGraph, decisions: Decisions, rank: int) -> Fsdp | None:
+    """How FSDP2 is applied to what a rank holds; None where nothing is sharded."""
+    sharding = decisions.sharding
+    if sharding is None or not sharding.shards:
+        return None
+    ranks, device = sharding.shard_ranks, computing_device(graph, decisions)
+    reshard = (
+        sharding.reshard
+        if isinstance(sharding.reshard, bool)
+        else {1: False, ranks: True}.get(sharding.reshard, sharding.reshard)
+    )
+    reduced = sharding.reduce_dtype if sharding.reduce_dtype != sharding.compute_dtype else None
+    return Fsdp(
+        units=_units(graph, decisions, rank),
+        ranks=ranks,
+        reshard=reshard,
+        reduce_itemsize=None if reduced is None else dtype_named(reduced).itemsize,
+        copies=sharding.size("replicate"),
+        offload=sharding.offload and device != HOST,
+        on_cpu=device == HOST,
+    )
+
+
+def _units(graph: ParamGraph, decisions: Decisions, rank: int) -> dict[str, Unit]:
+    """FSDP's units, each with the parameters that no unit inside it has; the whole is one, in the order of the modules."""
+    assert decisions.sharding is not None
+    names = {"", *decisions.sharding.unit_names(graph)}
+    parts: dict[str, list[Part]] = {module.name: [] for module in graph.modules if module.name in names}
+    dtype = decisions.sharding.compute_dtype
+    for each in _held(graph, decisions, rank):
+        if each.tensor.kind == "parameter":
+            gathered = dtype_named(dtype).itemsize if dtype is not None and each.tensor.dtype.is_floating_point else each.itemsize
+            parts[_owner(each.tensor.name, names)].append(Part(each.tensor.name, each.padded, each.itemsize, gathered))
+    return {name: Unit(name, tuple(found)) for name, found in parts.items()}
+
+
+def _owner(name: str, units: set[str]) -> str:
+    while name not in units:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
     return sharding is not None and not sharding.shards and sharding.axis("replicate") is not None
@@ -121,11 +184,13 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
         held = Held(
             tensor,
             _device(tensor, graph, decisions),
+            shape,
             numel,
             padded=math.prod(parts.shape(tensor, first=True) or ()) if parts.is_sharded(tensor) else numel,
             working=_working(tensor, graph, decisions, numel),
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
+            divided=parts.is_divided(tensor),
         )
         yield _quantized(held, decisions) if held.device != DISK else _on_disk(held)
 
@@ -155,9 +220,14 @@ def _device(tensor: TensorNode, graph: ParamGraph, decisions: Decisions) -> str:
         placed = decisions.placing.device_for(tensor) or HOST
         placed = decisions.placing.main if placed == DISK and tensor.kind != "parameter" else placed
         return "cuda:0" if placed == "cuda" else placed
-    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
     offload = decisions.sharding is not None and decisions.sharding.offload
-    device = HOST if offload else moves[-1] if moves else graph.ambient.default_device
+    return HOST if offload else computing_device(graph, decisions)
+
+
+def computing_device(graph: ParamGraph, decisions: Decisions) -> str:
+    """The device of a plan for one: where it is moved to, or where the constructor's default is."""
+    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
+    device = moves[-1] if moves else graph.ambient.default_device
     return "cuda:0" if device == "cuda" else device
 
 

@@ -15,9 +15,9 @@ from .allocator import replay
 from .allocator_config import AllocatorConfig, AllocatorError
 from .allocator_driver import Device
 from .allocator_events import Allocate, Event, Free, Replayed, Usage
+from .changes import Change
 from .decisions import Decisions
 from .memory import check_rank, timelines_of
-from .rank_memory import Change
 from .workload import Training
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..tracer.errors import DecisionError
+from .changes import HOST
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
-from .rank_memory import HOST
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -140,7 +140,7 @@ def verdict(memory: Memory, cluster: Cluster, margin: float = MARGIN) -> Verdict
     """Whether what `memory` predicts fits `cluster`, with `margin` as a share of what is needed.
 
     Rank i has the i-th device, nodes being filled one after the other; of a plan for one process, `cuda:i` is the i-th device of
-    the first node. Where the devices of a node are alike only rank 0, the one that holds most, is looked at. Raises
+    the first node. Where the devices of a node are alike only the ranks that hold most are looked at (`Memory.distinct`). Raises
     `DecisionError` where the plan needs more devices than there are, or others.
     """
     if not isinstance(margin, int | float) or isinstance(margin, bool) or not 0 <= margin < 10:

@@ -25,15 +25,20 @@ from ..tracer.graph import ParamGraph
 
 def check_runs(sharding: Sharding) -> None:
     """Raise `MaterializeError` where a plan says what it can reckon with, and this runtime does not carry out."""
-    axes = [axis for axis in sharding.axes if axis.role in ("pipeline", "context", "expert")]
-    given = [f"{axis.name}={axis.size} (to {_NOT_RUN[axis.role]})" for axis in axes]
-    given += [f"{name}=True" for name in ("sequence_parallel", "loss_parallel") if getattr(sharding, name)]
+    given = not_run(sharding)
     if given:
         raise MaterializeError(
             f"the plan has {' and '.join(given)}, which {'is' if len(given) == 1 else 'are'} not executable yet: plan.memory and "
             "plan.report work; to build, shard plan.meta_module() with your own code and call gp.materialize(module), or shard "
             "without"
         )
+
+
+def not_run(sharding: Sharding) -> list[str]:
+    """What of a sharding the runtime does not carry out, in words."""
+    axes = [axis for axis in sharding.axes if axis.role in _NOT_RUN]
+    given = [f"{axis.name}={axis.size} (to {_NOT_RUN[axis.role]})" for axis in axes]
+    return given + [f"{name}=True" for name in ("sequence_parallel", "loss_parallel") if getattr(sharding, name)]
 
 
 _NOT_RUN = {"pipeline": "divide layers into stages", "context": "divide sequences", "expert": "divide experts"}

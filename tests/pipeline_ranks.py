@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.profiler import ProfilerActivity, profile
 
+import groundplan as gp
 from groundplan.planner.schedules import Load, peak_of_rank, receive_buffers
 from groundplan.planner.sharding import Pipeline
 
@@ -101,12 +102,11 @@ def parts_of(events: list[int]) -> list[tuple[int, int, int]]:
 # -- a pipeline ---------------------------------------------------------------------------------------------------------
 
 
-def measured_steps(pipeline: Pipeline) -> tuple[list[int], int]:
+def measured_steps(pipeline: Pipeline, modules: dict[int, nn.Module], loss: Any) -> tuple[list[int], int]:
     """The peaks of the first two steps on this rank, and what the first one leaves behind beside the gradients."""
     rank, ranks, stages = dist.get_rank(), dist.get_world_size(), len(pipeline.stages)
-    modules = {stage: stage_module(stage, stages) for stage in range(rank, stages, ranks)}
     made = [PipelineStage(module, stage, stages, torch.device("cpu")) for stage, module in modules.items()]
-    schedule = _schedule(pipeline, made)
+    schedule = _schedule(pipeline, made, loss)
     value, target = _batch(pipeline.microbatches)
     inputs = (value,) if rank == 0 else ()
     named: dict[str, Any] = {"target": target} if rank == ranks - 1 else {}
@@ -127,11 +127,11 @@ def _batch(microbatches: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(microbatches * SAMPLES, LENGTH, WIDTH), torch.randint(0, WORDS, (microbatches * SAMPLES, LENGTH))
 
 
-def _schedule(pipeline: Pipeline, stages: list[PipelineStage]) -> Any:
+def _schedule(pipeline: Pipeline, stages: list[PipelineStage], loss: Any) -> Any:
     if pipeline.schedule == "interleaved1f1b":
-        return ScheduleInterleaved1F1B(list(stages), pipeline.microbatches, loss_fn=loss_of)
+        return ScheduleInterleaved1F1B(list(stages), pipeline.microbatches, loss_fn=loss)
     known = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-    return known[pipeline.schedule](stages[0], pipeline.microbatches, loss_fn=loss_of)
+    return known[pipeline.schedule](stages[0], pipeline.microbatches, loss_fn=loss)
 
 
 def _sums(events: list[int]) -> Iterator[int]:
@@ -144,17 +144,50 @@ def _sums(events: list[int]) -> Iterator[int]:
 def _compared(pipeline: Pipeline) -> dict[str, Any]:
     rank, ranks, stages = dist.get_rank(), dist.get_world_size(), len(pipeline.stages)
     own = range(rank, stages, ranks)
-    peaks, left = measured_steps(pipeline)
+    peaks, left = measured_steps(pipeline, {stage: stage_module(stage, stages) for stage in own}, loss_of)
     reckoned = peak_of_rank(pipeline, ranks, rank, {stage: load_of(stage, stages) for stage in own})
     buffers = sum(receive_buffers(stage, stages, pipeline.microbatches, SENT, SENT) for stage in own)
     return {"measured": peaks, "left": left, "reckoned": reckoned, "buffers": buffers}
 
 
+# -- a plan -------------------------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Nine blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Block() for _ in range(9)), nn.Linear(WIDTH, WORDS)
+
+    def forward(self, value: torch.Tensor) -> Any:
+        for layer in self.layers:
+            value = layer(value)
+        return self.head(value)
+
+
+def _planned(pipeline: Pipeline) -> tuple[list[int], list[int]]:
+    """The first two steps of a plan's pipeline, by `plan.memory` and measured: whole peaks, of this rank."""
+    ranks, many = dist.get_world_size(), pipeline.microbatches
+    plan = gp.trace(Stack).shard({"pp": ranks}, schedule=pipeline.schedule, microbatches=many, stages=len(pipeline.stages))
+    inputs = (torch.empty(many * SAMPLES, LENGTH, WIDTH, device="meta"),)
+    with plain_kernels():
+        memory = plan.memory(gp.Training("sgd", inputs=inputs, loss=lambda output: output.square().mean()))
+    assert plan.decisions.sharding is not None and plan.decisions.sharding.pipeline is not None and not memory.left_out
+    stages, whole = plan.decisions.sharding.pipeline.stages, Stack()
+    own = range(dist.get_rank(), len(stages), ranks)
+    modules: dict[int, nn.Module] = {stage: nn.Sequential(*map(whole.get_submodule, stages[stage])) for stage in own}
+    (first, second), left = measured_steps(plan.decisions.sharding.pipeline, modules, lambda output, _: output.square().mean())
+    held = many * SENT + sum(each.nbytes for module in modules.values() for each in module.parameters())
+    reckoned = memory.rank(dist.get_rank()).phases
+    return [reckoned["first_step"], reckoned["step"]], [held + first, held + left + second]
+
+
 def main(folder: str, *pipelines: str) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    found = [_compared(Pipeline.model_validate_json(each)) for each in pipelines]
-    finish(folder, found)
+    wanted = list(map(Pipeline.model_validate_json, pipelines))
+    finish(folder, [_compared(each) | {"planned": _planned(each)} for each in wanted])
 
 
 if __name__ == "__main__":

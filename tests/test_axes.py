@@ -166,6 +166,62 @@ def test_sequence_and_loss_parallelism_are_not_carried_out_either() -> None:
             plan.materialize(seed=0)
 
 
+@pytest.mark.parametrize("axes", [{"pp": 2}, {"dp": 2, "ep": 2}, {"cp": 2}])
+def test_a_run_on_fake_tensors_says_so_too(axes: dict[str, int]) -> None:
+    with pytest.raises(gp.DecisionError, match='tier="T0"'):
+        gp.trace(Mixture).shard(axes).memory(gp.Training(), tier="T1")
+
+
+# -- activations --------------------------------------------------------------------------------------------------------
+
+
+def llama(layers: int = 6) -> nn.Module:
+    import transformers
+
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 96}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **small))
+
+
+def test_a_pipeline_holds_what_its_schedule_says() -> None:
+    plan, training = gp.trace(llama), gp.Training("sgd", batch_size=12, seq_len=32)
+    step = {
+        schedule: [
+            plan.shard({"pp": 2}, microbatches=6, schedule=schedule).memory(training).rank(rank).phases["step"] for rank in (0, 1)
+        ]
+        for schedule in ("gpipe", "1f1b", "interleaved1f1b")
+    }
+    whole = plan.memory(training).phases["step"]
+    assert step["1f1b"][0] < step["gpipe"][0] < whole and step["1f1b"][1] < step["gpipe"][1] < whole
+    assert step["1f1b"][0] < step["interleaved1f1b"][0]
+    assert not plan.shard({"pp": 2}, microbatches=6).memory(training).left_out
+
+
+def test_fsdp_in_a_pipeline_holds_whole_parameters_and_gradients() -> None:
+    plan, training = gp.trace(llama), gp.Training("sgd", batch_size=12, seq_len=32)
+    apart = plan.shard({"pp": 2, "dp": 2}, microbatches=6).memory(training).rank(0)
+    alone = plan.shard({"pp": 2}, microbatches=6).memory(training).rank(0)
+    held = held_weights(plan)
+    assert apart.phases["construct"] < 0.6 * alone.phases["construct"]
+    assert alone.phases["step"] < apart.phases["step"] < alone.phases["step"] + held
+
+
+def held_weights(plan: gp.Plan) -> int:
+    return sum(tensor.nbytes for tensor in plan.graph.parameters)
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "said"),
+    [
+        ({"pp": 2}, {"microbatches": 8}, "batch_size=12 does not divide into 8 micro-batches; give a multiple of 8"),
+        ({"cp": 2}, {}, "ring attention"),
+    ],
+)
+def test_what_is_not_known_of_activations_is_left_out_and_said(axes: Any, options: Any, said: str) -> None:
+    memory = gp.trace(llama).to("cuda").shard(axes, **options).memory(gp.Training("sgd", batch_size=12, seq_len=32))
+    assert "activations" in memory.left_out and any(said in note for note in memory.notes)
+    assert memory.fits("2x1000GB").verdict != "fits"
+
+
 # -- how the axes multiply ----------------------------------------------------------------------------------------------
 
 

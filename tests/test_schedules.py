@@ -141,6 +141,8 @@ def compared(folder: Path, cases: list[tuple[str, int, int]]) -> None:
             assert one["measured"][1] == one["reckoned"], what
             assert one["left"] == one["buffers"], what
             assert one["measured"][0] == one["reckoned"] + one["buffers"], what
+            reckoned, measured = one["planned"]
+            assert reckoned == pytest.approx(measured, rel=0.01), what
 
 
 def test_real_pipelines_take_what_is_reckoned_to_the_byte(tmp_path: Path) -> None:
