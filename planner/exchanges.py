@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from .profile import Profile
+
 Rotation = Literal["allgather", "alltoall"]
 """How ring attention passes keys and values on: torch's `set_rotate_method`, whose default is the first."""
 
@@ -47,6 +49,12 @@ def ring_attention(key_value: int, output: int, itemsize: int, ranks: int, rotat
     merging = around * key_value + 4 * wide + narrow
     gradients = wide + wide_key_value + output + key_value
     return Peaks(max(passing, merging), (around + 2) * key_value + gradients + 3 * wide_key_value)
+
+
+def attention_output(profile: Profile) -> int:
+    """The bytes of the largest output of `scaled_dot_product_attention` in a profile; 0 where it is not called."""
+    found = (each for each in profile.allocations if each.kind == "activation" and "scaled_dot_product" in each.op)
+    return max((each.nbytes for each in found), default=0)
 
 
 def expert_exchange(tokens: int, top_k: int, capacity: float = 1.0) -> int:

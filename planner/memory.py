@@ -23,6 +23,7 @@ from .optimizers import OPTIMIZERS, Trained
 from .profile import NoProfile, Profile
 from .quantizing import Quantizing
 from .rank_memory import LOAD_NOTE, computing_device, is_ddp, rank_timelines, staged
+from .sharding import Sharding
 from .training_memory import Stepped, hidden_names
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
@@ -392,6 +393,14 @@ def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what
         yield f"training: {what} are not included{f': {profile.reason}' if profile is not None else ''}"
 
 
+def _axes_notes(sharding: Sharding) -> Iterator[str]:
+    """What is taken for granted of pipelines and context axes."""
+    if sharding.pipeline is not None:
+        yield "a pipeline's stages receive, keep and send as torch.distributed.pipelining does, without returning outputs"
+    if sharding.size("context") > 1:
+        yield "ring attention gathers keys and values (torch's default), as many heads as of queries, while most else is there"
+
+
 def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
     sharding = decisions.sharding
     if sharding is not None:
@@ -433,5 +442,7 @@ def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profil
     if workload is not None:
         yield from _profile_notes(profile, workload, "activations, gathered units and communication buffers")
         yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
+        if sharding is not None and isinstance(profile, Profile):
+            yield from _axes_notes(sharding)
         if is_ddp(decisions):
             yield "training: DDP's buckets hold every gradient once more"

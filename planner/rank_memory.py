@@ -17,6 +17,7 @@ from ..tracer.graph import Op, ParamGraph, TensorNode
 from .activity import inputs, trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
+from .exchanges import attention_output, ring_attention
 from .fsdp_form import Fsdp, Part, Unit
 from .local_parts import LocalParts, coordinate_of
 from .optimizers import Trained
@@ -81,10 +82,24 @@ def rank_timelines(
             phases, state = training_phases([*weights_then, *inputs(profile, device)], stepped, workload, active)
         else:
             phases, state = trained(graph, weights_then, stepped, workload, profile, device, fsdp)
+        if profile is not None and decisions.sharding is not None and decisions.sharding.size("context") > 1:
+            ring = _ring(profile, graph, decisions, workload, device)
+            phases |= {name: [ring, *phases[name], ring._replace(nbytes=-ring.nbytes)] for name in ("first_step", "step")}
         found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
     return found
+
+
+def _ring(profile: Profile, graph: ParamGraph, decisions: Decisions, workload: Training, device: str) -> Change:
+    """What ring attention takes while it runs, taken to be there at the peak; with as many heads of keys as of queries."""
+    sharding = decisions.sharding
+    assert sharding is not None
+    computed = [dtype_named(sharding.compute_dtype)] if sharding.compute_dtype else []
+    dtypes = [workload.autocast] if workload.autocast else computed or [final_dtype(each, decisions) for each in graph.parameters]
+    output = attention_output(profile)
+    peaks = ring_attention(2 * output, output, max(dtype.itemsize for dtype in dtypes), sharding.size("context"))
+    return Change(device, "ring attention's keys, values and gradients", max(peaks))
 
 
 def _in_pipeline(

@@ -19,8 +19,9 @@ def not_profiled(sharding: Sharding, training: Training) -> str | None:
     pipeline, parts = sharding.pipeline, sharding.size("context")
     if sharding.axis("expert") is not None:
         return "which tokens go to which experts is known to the step alone"
-    if parts > 1:
-        return "what ring attention takes is not added yet (planner/exchanges.py has it)"
+    if parts > 1 and (training.inputs is not None or training.seq_len is None or training.seq_len % parts):
+        what = f"seq_len={training.seq_len}" if training.inputs is None else "inputs="
+        return f"{what} does not divide into {parts} parts of the sequence; give a multiple as seq_len, and no inputs"
     given = [name for name in ("sequence_parallel", "loss_parallel") if getattr(sharding, name)]
     if given:
         return f"{given[0]} is not carried out, so that it cannot be traced (planner/exchanges.py has its formula)"

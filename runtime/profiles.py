@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.decisions import Decisions
+from ..planner.exchanges import attention_output
 from ..planner.profile import NoProfile, Profile
 from ..planner.records import dtype_named
 from ..planner.sharding import Sharding
@@ -94,7 +95,10 @@ def _leaf(value: Any) -> Any:
 def _made(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
     try:
         with _quiet(), _divided_layers(build, decisions) as (made, traced):
-            return _with_passed(made, lambda module: _inputs(module, training, decisions.sharding), training, traced)
+            found = _with_passed(made, lambda module: _inputs(module, training, decisions.sharding), training, traced)
+        if decisions.sharding is not None and decisions.sharding.size("context") > 1 and not attention_output(found):
+            return NoProfile("ring attention takes the place of scaled_dot_product_attention, which is not called")
+        return found
     except GroundplanError as error:
         return NoProfile(str(error))
     except Exception as error:  # the module's own, which training would raise as well, or a kernel that fake tensors do not have
@@ -103,7 +107,7 @@ def _made(build: Build, decisions: Decisions, training: Training) -> Profile | N
 
 
 def _inputs(module: nn.Module, training: Training, sharding: Sharding | None) -> Any:
-    """The inputs of a rank's step: of one micro-batch where there is a pipeline, of a part of the sequence along a context axis."""
+    """The inputs of a rank's step: one micro-batch of a pipeline, a part of the sequence along a context axis."""
     pipeline, parts = (None, 1) if sharding is None else (sharding.pipeline, sharding.size("context"))
     length = None if training.seq_len is None else training.seq_len // parts
     found = example_inputs(module, replace(training, seq_len=length))

@@ -16,6 +16,7 @@ from torch import nn
 
 import groundplan as gp
 from groundplan.planner.check_sharding import check_axes
+from groundplan.planner.exchanges import ring_attention
 from groundplan.planner.experts import Expert, experts_of, found_experts
 from groundplan.planner.local_parts import LocalParts, chunk, coordinate_of, distinct_ranks, expert_shape
 from groundplan.planner.sharding import Axis, Sharding
@@ -178,7 +179,7 @@ def test_a_run_on_fake_tensors_says_so_too(axes: dict[str, int]) -> None:
 def llama(layers: int = 6) -> nn.Module:
     import transformers
 
-    small = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 96}
+    small: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **small))
 
 
@@ -205,6 +206,15 @@ def test_fsdp_in_a_pipeline_holds_whole_parameters_and_gradients() -> None:
     assert alone.phases["step"] < apart.phases["step"] < alone.phases["step"] + held
 
 
+def test_a_context_axis_divides_activations_and_adds_a_ring() -> None:
+    plan, training = gp.trace(llama), gp.Training("sgd", batch_size=4, seq_len=256)
+    alone, divided = plan.shard({"dp": 4}).memory(training), plan.shard({"dp": 2, "cp": 2}).memory(training)
+    assert divided.rank(0).phases["construct"] == alone.rank(0).phases["construct"]
+    one = plan.shard({"dp": 4}).memory(gp.Training("sgd", batch_size=4, seq_len=128)).phases["step"]
+    ring = max(ring_attention(2 * 4 * 128 * 32 * 4, 4 * 128 * 32 * 4, 4, 2))
+    assert not divided.left_out and one + ring == divided.phases["step"] < alone.phases["step"]
+
+
 def held_weights(plan: gp.Plan) -> int:
     return sum(tensor.nbytes for tensor in plan.graph.parameters)
 
@@ -213,13 +223,14 @@ def held_weights(plan: gp.Plan) -> int:
     ("axes", "options", "said"),
     [
         ({"pp": 2}, {"microbatches": 8}, "batch_size=12 does not divide into 8 micro-batches; give a multiple of 8"),
-        ({"cp": 2}, {}, "ring attention"),
+        ({"cp": 5}, {}, "seq_len=32 does not divide into 5 parts"),
+        ({"dp": 2, "ep": 2}, {"experts": "model.layers.*.mlp.gate_proj"}, "which tokens go to which experts"),
     ],
 )
 def test_what_is_not_known_of_activations_is_left_out_and_said(axes: Any, options: Any, said: str) -> None:
     memory = gp.trace(llama).to("cuda").shard(axes, **options).memory(gp.Training("sgd", batch_size=12, seq_len=32))
     assert "activations" in memory.left_out and any(said in note for note in memory.notes)
-    assert memory.fits("2x1000GB").verdict != "fits"
+    assert memory.fits("8x1000GB").verdict != "fits"
 
 
 # -- how the axes multiply ----------------------------------------------------------------------------------------------
