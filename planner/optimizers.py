@@ -376,7 +376,7 @@ class AdamW8bit(Optimizer):
 
     def step(self, parameters: Sequence[Trained], implementation: Implementation, held: Locals) -> None:
         for position, each in enumerate(parameters):
-            _take_together(held, [(position, compiled_bytes(each.numel))])
+            _take_together(held, [(position, compiled_bytes(each.shape, each.device.startswith("cuda")))])
 
 
 BLOCK = 256
@@ -389,14 +389,17 @@ def is_quantized(numel: int) -> bool:
     return numel >= _SMALLEST and numel % BLOCK == 0
 
 
-def compiled_bytes(numel: int) -> int:
+def compiled_bytes(shape: Sequence[int], on_cuda: bool) -> int:
     """What torchao's compiled step of one parameter allocates: both moments in float32, and the new scales.
 
-    Quantizing needs a block's largest value first and its values again then, so Inductor writes them down between the two loops,
-    in one kernel (torch/_inductor, `output_code` of `single_param_adam`; tried on the CPU with torch 2.13). Moments that are not
-    quantized need nothing.
+    Quantizing needs a block's largest value, and then the values again: Inductor writes them down in between. On CUDA it keeps
+    them in registers where the blocks are the rows, or there are none. Read off the code that torch 2.13's Inductor generates of
+    `single_param_adam` for the CPU and, with Triton, for an H100. Moments that are not quantized need nothing.
     """
-    return 2 * 4 * (numel + numel // BLOCK) if is_quantized(numel) else 0
+    numel, sizes = math.prod(shape), [size for size in shape if size != 1]
+    if not is_quantized(numel) or (on_cuda and (len(sizes) < 2 or sizes[-1] == BLOCK)):
+        return 0
+    return 2 * 4 * (numel + numel // BLOCK)
 
 
 OPTIMIZERS: Mapping[str, Optimizer] = {

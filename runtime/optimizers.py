@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..planner.optimizers import Slot, compiled_bytes, hidden_matrices, is_quantized
+from ..planner.optimizers import Slot, compiled_bytes, hidden_matrices
 from ..planner.workload import Training
 from ..tracer.errors import DecisionError
 
@@ -96,17 +96,17 @@ def _torchao() -> Any:
 
 @contextmanager
 def on_fake_tensors(
-    training: Training, uncounted: Callable[[], AbstractContextManager[Any]], taken: Callable[[int, str], None]
+    training: Training, on_cuda: bool, uncounted: Callable[[], AbstractContextManager[Any]], taken: Callable[[int, str], None]
 ) -> Iterator[None]:
     """Have an optimizer step fake tensors: numbers that it looks at are made up, what it compiles runs as it is written.
 
-    What a compiled kernel does not allocate is run under `uncounted()`, what it does is given to `taken`.
+    What a compiled kernel does not allocate is run under `uncounted()`, what it does, on CUDA or the CPU, is given to `taken`.
     """
     with ExitStack() as stack:
         if training.optimizer == "adafactor":
             stack.enter_context(_NumbersMadeUp())
         if training.optimizer == "adamw-8bit":
-            stack.enter_context(_not_compiled(uncounted, taken))
+            stack.enter_context(_not_compiled(on_cuda, uncounted, taken))
         yield
 
 
@@ -124,19 +124,31 @@ class _NumbersMadeUp(TorchDispatchMode):
             return 1.0
 
 
+def _make_tables() -> None:
+    """torchao's tables of values, which it makes once by looking at tensors."""
+    import torchao.optim.subclass_8bit as written
+
+    with _disable_current_modes():
+        for name in ("get_qmap_signed", "get_qmap_unsigned"):
+            getattr(written, name, tuple)()
+
+
 @contextmanager
-def _not_compiled(uncounted: Callable[[], AbstractContextManager[Any]], taken: Callable[[int, str], None]) -> Iterator[None]:
+def _not_compiled(
+    on_cuda: bool, uncounted: Callable[[], AbstractContextManager[Any]], taken: Callable[[int, str], None]
+) -> Iterator[None]:
     """Run torchao's step of one parameter as it is written, but count what the compiled one takes."""
     import torchao.optim.adam as written
 
     step = written.single_param_adam
+    _make_tables()
 
     def counted(parameter: torch.Tensor, *rest: Any) -> None:
         with uncounted():
             step(parameter, *rest)
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if is_quantized(local.numel()):
-            taken(compiled_bytes(local.numel()), "single_param_adam")
+        if nbytes := compiled_bytes(local.shape, on_cuda):
+            taken(nbytes, "single_param_adam")
 
     with torch.compiler.set_stance("force_eager"), mock.patch.object(written, "single_param_adam", counted):
         yield

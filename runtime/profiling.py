@@ -26,7 +26,7 @@ from .checkpointing import checkpoint_layers
 from .fake_step import imagined, label_gradients
 from .followed import Followed
 from .profile_blocks import cut
-from .skipped_layers import CannotSkip, Run, Skipping, runs_of
+from .skipped_layers import Run, Skipping, runs_of
 from .training_step import forward_and_backward
 
 _RUN = "run"
@@ -53,11 +53,14 @@ def profile(
     Raises what a run of the step raises.
     """
     module = made()
+    runs = runs_of(module)
     try:
-        return _run(module, inputs(module), training, traced, runs_of(module))
-    except CannotSkip:
-        module = made()
-        return _run(module, inputs(module), training, traced, [])
+        return _run(module, inputs(module), training, traced, runs)
+    except Exception:  # `CannotSkip`, or what the code around layers that were skipped says to it: with every layer run it counts
+        if not runs:
+            raise
+    module = made()
+    return _run(module, inputs(module), training, traced, [])
 
 
 def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, runs: Sequence[Run]) -> Profile:
