@@ -23,7 +23,7 @@ from .planner.quantizing import Filter
 from .planner.rank_runs import memory_of_ranks
 from .planner.replayed_run import Allocator
 from .planner.reserved import with_reserved
-from .planner.sharding import LAYERS, sharding
+from .planner.sharding import LAYERS, ROLES, Schedule, matches, sharding
 from .planner.tiers import Tier, check_tier
 from .planner.workload import Training
 from .progress import shown
@@ -207,6 +207,12 @@ class Plan:
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         offload: bool = False,
+        schedule: Schedule | None = None,
+        microbatches: int | None = None,
+        stages: int | Sequence[int] | Sequence[Sequence[str]] | None = None,
+        experts: str | Sequence[str] | None = None,
+        sequence_parallel: bool = False,
+        loss_parallel: bool = False,
     ) -> Plan:
         """Divide the module between the ranks of a mesh: `{"dp": 8}`, or `{"dp_replicate": 2, "dp_shard": 4, "tp": 2}`.
 
@@ -220,15 +226,44 @@ class Plan:
         `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`, `colwise_gather_output`,
         `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers model's own `tp_plan`.
 
-        Raises `DecisionError` for axes, units or rules that do not fit the module, quoting the values.
+        Pipeline, context and expert axes (`pp`, `cp`, `ep`, as torchtitan has them), `sequence_parallel` and `loss_parallel` are
+        for `memory` and `report`: `materialize` raises, and `meta_module` is what your own code shards then. FSDP divides along
+        `dp_shard` and `cp` as one axis. `ep` takes its ranks from `dp_shard`, `cp` and `tp`, so that it adds none: experts are
+        divided along it, and by FSDP between the ranks that are left. `experts` are patterns of the parameters, modules or lists
+        that hold them; None takes the model's own `ep_plan`, or finds them beside a router.
+
+        Along `pp` layers are divided by count; `stages` says how many stages there are, how many layers each has, or what each
+        holds (`[["embed", "layers.0"], ["layers.1", "head"]]`, torchtitan's `module_fqns_per_model_part`). `schedule` is `1f1b`,
+        `gpipe` or `interleaved1f1b`; `microbatches` a rank's batch is divided into, as many as there are stages if None.
+
+        Raises `DecisionError` for axes, units, rules, stages or experts that do not fit the module, quoting the values.
 
         >>> plan = trace(torch.nn.Transformer, 16, 2, 2, 2, 32).shard({"dp": 4})
         >>> plan.decisions.sharding.units
         ('encoder.layers.*', 'decoder.layers.*')
+        >>> plan = trace(torch.nn.Sequential, *(torch.nn.Linear(4, 4) for _ in range(5))).shard({"pp": 2}, microbatches=8)
+        >>> plan.decisions.sharding.pipeline.stages
+        (('0', '1', '2'), ('3', '4'))
         """
         engine: Literal["torch", "transformers"] = "transformers" if isinstance(tensor, str) else "torch"
         rules = self._own_rules(tensor) if isinstance(tensor, str) else tensor
-        made = sharding(axes, self.graph, units, rules, engine, reshard, compute_dtype, reduce_dtype, offload)
+        made = sharding(
+            axes,
+            self.graph,
+            units,
+            rules,
+            engine,
+            reshard,
+            compute_dtype,
+            reduce_dtype,
+            offload,
+            schedule=schedule,
+            microbatches=microbatches,
+            stages=stages,
+            experts=self._own_experts(axes) if experts is None else [experts] if isinstance(experts, str) else experts,
+            sequence_parallel=sequence_parallel,
+            loss_parallel=loss_parallel,
+        )
         return replace(self, _decided=self.decisions.shard(made))
 
     def place(self, devices: Mapping[str, str | torch.device]) -> Plan:
@@ -280,6 +315,15 @@ class Plan:
                 'one, such as tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"}'
             )
         return dict(rules)
+
+    def _own_experts(self, axes: Mapping[str, int]) -> Sequence[str] | None:
+        """What the expert parallel plan that a transformers model brings along divides; None where there is none, or no need."""
+        if not isinstance(axes, Mapping) or not any(ROLES.get(name) == "expert" for name in axes):
+            return None
+        own = getattr(self.meta_module(), "ep_plan", None)
+        divided = [pattern for pattern, style in own.items() if style == "grouped_gemm"] if isinstance(own, dict) else []
+        names = [name for tensor in self.graph.parameters for name in tensor.names]
+        return [pattern for pattern in divided if any(matches(pattern, name) for name in names)] or None
 
     # -- keeping --------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 * `decisions`: `Decisions`, the frozen data that a plan saves (`plan_file`) and that fits its graph (`check`);
 * `sharding` and `placing`: how a module is divided between ranks, or between one process's devices (`check_sharding`: its doors);
+  `stages` of a pipeline, `experts` of a layer, and `local_parts`: what each rank holds of every tensor;
+* `schedules` and `exchanges` (and `pipeline_memory`, of a profile): what pipelines, and the axes inside a layer, hold of activations and in buffers;
 * `quantizing`: which layers are quantized while they are built, and how;
 * `memory`: the bytes of every phase, before anything is built, for the weights or for a `workload` (`construct`: of building;
   `rank_memory`: of one rank; `training_memory`: what training adds, with what `optimizers` take: `optimizer`, `adam`, `muon`);

@@ -20,6 +20,7 @@ from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
 from .cuda_left_out import left_out_of
 from .decisions import Decisions, final_device, final_dtype
+from .local_parts import distinct_ranks
 from .optimizer import Trained
 from .optimizers import OPTIMIZERS
 from .profile import NoProfile, Profile
@@ -27,6 +28,7 @@ from .quantizing import Quantizing
 from .rank_memory import LOAD_NOTE, computing_device, is_ddp, rank_timelines, staged
 from .replayed_run import Allocator, ReplayedRun
 from .series import Series, series_of_changes, series_of_run
+from .sharding import Sharding
 from .training_memory import Stepped, hidden_names
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
@@ -70,8 +72,9 @@ class Memory:
     * `checkpoint`: saving.
 
     The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
-    the worst one, rank 0; `rank(i)` gives that of any. `left_out` is what takes memory in some phase and is not counted;
-    `communicators` is how many groups of ranks talk to each other.
+    the worst one; `rank(i)` gives that of any. No rank takes more than one of `distinct` does: rank 0, or the first of each part
+    of a pipeline. `left_out` is what takes memory in some phase and is not counted; `communicators` is how many groups of ranks
+    talk to each other.
 
     `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
     on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
@@ -96,6 +99,7 @@ class Memory:
     allocator: Allocator | None = None
     replayed: ReplayedRun | None = field(default=None, repr=False, compare=False)
     changes: Mapping[str, Sequence[Change]] = field(default_factory=dict, repr=False, compare=False)
+    distinct: tuple[int, ...] = (0,)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -241,7 +245,8 @@ def memory(
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
     if _is_of_a_rank(decisions):
-        return _of_rank(graph, decisions, workload, profile, 0)
+        ranks = distinct_ranks(decisions.sharding)
+        return max((_of_rank(graph, decisions, workload, profile, rank) for rank in ranks), key=lambda each: each.peak)
     timelines = timelines_of(graph, decisions, workload, profile)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     left_out = () if workload is None or isinstance(profile, Profile) else ("activations",)
@@ -280,19 +285,28 @@ def _of_rank(
     return Memory(
         by_device,
         _binding(by_device, timelines),
-        tuple(_rank_notes(decisions, workload, profile)),
+        tuple(_rank_notes(decisions, workload, profile, rank)),
         1 if decisions.sharding is None else decisions.sharding.ranks,
         lambda index: _of_rank(graph, decisions, workload, profile, index),
         () if workload is None or isinstance(profile, Profile) else ("activations", "gathered units", "communication buffers"),
         _communicators(decisions),
         changes=timelines,
+        distinct=distinct_ranks(decisions.sharding),
     )
 
 
 def _communicators(decisions: Decisions) -> int:
-    """One for each axis along which there are several ranks, and one for all ranks together where that is another group."""
-    axes = [] if decisions.sharding is None else [axis for axis in decisions.sharding.axes if axis.size > 1]
-    return len(axes) + (len(axes) > 1)
+    """One for each axis along which there are several ranks, and one for all ranks together where that is another group.
+
+    Another for the shard and context axes as one, and for the ranks that FSDP divides the same experts between.
+    """
+    sharding = decisions.sharding
+    if sharding is None:
+        return 0
+    axes = [axis for axis in sharding.axes if axis.size > 1]
+    flattened = sharding.size("shard") > 1 and sharding.size("context") > 1
+    between_experts = sharding.size("expert") > 1 and sharding.expert_shard_ranks > 1
+    return len(axes) + (len(axes) > 1) + flattened + between_experts
 
 
 def _timelines(
@@ -437,6 +451,14 @@ def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what
         yield f"training: {what} are not included{f': {profile.reason}' if profile is not None else ''}"
 
 
+def _axes_notes(sharding: Sharding) -> Iterator[str]:
+    """What is taken for granted of pipelines and context axes."""
+    if sharding.pipeline is not None:
+        yield "a pipeline's stages receive, keep and send as torch.distributed.pipelining does, without returning outputs"
+    if sharding.size("context") > 1:
+        yield "ring attention gathers keys and values (torch's default), as many heads as of queries, while most else is there"
+
+
 def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
     sharding = decisions.sharding
     if sharding is not None:
@@ -463,11 +485,11 @@ def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:
         yield "construct quantizes a layer as soon as its last tensor is made; a layer is taken to have its weight last"
 
 
-def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None) -> Iterator[str]:
+def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None, rank: int) -> Iterator[str]:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
     sharding = decisions.sharding
     if sharding is not None:
-        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
+        yield f"of rank {rank} of {sharding.ranks} ({sharding.describe()})"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
     for quantizing in decisions.quantizing:
@@ -476,5 +498,7 @@ def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profil
     if workload is not None:
         yield from _profile_notes(profile, workload, "activations, gathered units and communication buffers")
         yield f"training: {OPTIMIZERS[workload.optimizer].note}"
+        if sharding is not None and isinstance(profile, Profile):
+            yield from _axes_notes(sharding)
         if is_ddp(decisions):
             yield "training: DDP's buckets hold every gradient once more"

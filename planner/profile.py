@@ -86,7 +86,7 @@ class Profile:
     """Forward and backward of one step, without the optimizer.
 
     `inputs` are the names and bytes of the step's inputs, `early` the marked modules whose backward ends before all of it does,
-    which FSDP knows by inputs that require a gradient. `left_out` is what the trace could not see.
+    which FSDP knows by inputs that require a gradient. `passed` is what one layer hands to the next.
 
     >>> saved, gradient = Allocation("activation", 8, "cpu", op="mm"), Allocation("gradient", 4, "cpu", "w")
     >>> up = stretch([Event(0, 1)], (saved, gradient))
@@ -101,6 +101,7 @@ class Profile:
     inputs: tuple[tuple[str, int], ...]
     repeated: tuple[Repeated, ...] = ()
     early: frozenset[str] = field(default_factory=frozenset)
+    passed: int = 0
 
     @cached_property
     def gradients(self) -> Mapping[str, int]:

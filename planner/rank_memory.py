@@ -14,17 +14,20 @@ from dataclasses import dataclass, replace
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
-from .activity import trained
+from .activity import inputs, trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
-from .optimizer import Trained
+from .exchanges import attention_output, ring_attention
 from .fsdp_form import Fsdp, Part, Unit
+from .local_parts import LocalParts, coordinate_of
+from .optimizer import Trained
+from .pipeline_memory import pipeline_activity
 from .placing import DISK
 from .profile import Profile
 from .quantizing import quantized_names
 from .records import dtype_named
-from .sharding import Axis, Cut, Sharding
-from .training_memory import Stepped, hidden_names
+from .sharding import Axis, Sharding
+from .training_memory import Stepped, hidden_names, training_phases
 from .workload import Training
 
 READ_BYTES = 2**24
@@ -56,38 +59,6 @@ class Held:
         return self.numel * self.itemsize + self.quantized
 
 
-def coordinate_of(sharding: Sharding, rank: int) -> dict[str, int]:
-    """Where a rank stands on each axis, by its role: the last axis goes fastest."""
-    found: dict[str, int] = {}
-    for axis in reversed(sharding.axes):
-        rank, found[axis.role] = divmod(rank, axis.size)
-    return found
-
-
-def local_shape(
-    shape: Sequence[int], cut: Cut | None, sharded: bool, sharding: Sharding, place: dict[str, int]
-) -> tuple[int, ...]:
-    """The shape of what the rank at `place` holds of a tensor."""
-    local = list(shape)
-    if cut is not None:
-        pieces = _chunks(local[cut.dim], cut.split)
-        size = sharding.size("tensor")
-        local[cut.dim] = sum(_chunk(piece, size, place["tensor"]) for piece in pieces)
-    if sharded and local:
-        local[0] = _chunk(local[0], sharding.size("shard"), place["shard"])
-    return tuple(local)
-
-
-def _chunk(total: int, parts: int, part: int) -> int:
-    """The size of a part, as `torch.chunk` divides."""
-    step = -(-total // parts)
-    return max(0, min(step, total - part * step))
-
-
-def _chunks(total: int, parts: int) -> list[int]:
-    return [_chunk(total, parts, part) for part in range(parts)]
-
-
 def rank_timelines(
     graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int, profile: Profile | None = None
 ) -> dict[str, list[Change]]:
@@ -105,11 +76,38 @@ def rank_timelines(
         stepped = _stepped(held, graph, decisions, workload)
         buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
         device, fsdp = computing_device(graph, decisions), None if profile is None else fsdp_of(graph, decisions, rank)
-        phases, state = trained(graph, [*padded, *buckets], stepped, workload, profile, device, fsdp)
+        weights_then = [*padded, *buckets]
+        if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:
+            active = _in_pipeline(profile, decisions.sharding, rank, [each.gradient for each in stepped], device, fsdp)
+            phases, state = training_phases([*weights_then, *inputs(profile, device)], stepped, workload, active)
+        else:
+            phases, state = trained(graph, weights_then, stepped, workload, profile, device, fsdp)
+        if profile is not None and decisions.sharding is not None and decisions.sharding.size("context") > 1:
+            ring = _ring(profile, graph, decisions, workload, device)
+            phases |= {name: [ring, *phases[name], ring._replace(nbytes=-ring.nbytes)] for name in ("first_step", "step")}
         found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
     return found
+
+
+def _ring(profile: Profile, graph: ParamGraph, decisions: Decisions, workload: Training, device: str) -> Change:
+    """What ring attention takes while it runs, taken to be there at the peak; with as many heads of keys as of queries."""
+    sharding = decisions.sharding
+    assert sharding is not None
+    computed = [dtype_named(sharding.compute_dtype)] if sharding.compute_dtype else []
+    dtypes = [workload.autocast] if workload.autocast else computed or [final_dtype(each, decisions) for each in graph.parameters]
+    output = attention_output(profile)
+    peaks = ring_attention(2 * output, output, max(dtype.itemsize for dtype in dtypes), sharding.size("context"))
+    return Change(device, "ring attention's keys, values and gradients", max(peaks))
+
+
+def _in_pipeline(
+    profile: Profile, sharding: Sharding, rank: int, gradients: Sequence[Change], device: str, fsdp: Fsdp | None
+) -> list[Change]:
+    assert sharding.pipeline is not None
+    place = coordinate_of(sharding, rank)["pipeline"]
+    return pipeline_activity(profile, sharding.pipeline, sharding.size("pipeline"), place, gradients, device, fsdp)
 
 
 def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, workload: Training) -> list[Stepped]:
@@ -127,9 +125,9 @@ def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, work
 def fsdp_of(graph: ParamGraph, decisions: Decisions, rank: int) -> Fsdp | None:
     """How FSDP2 is applied to what a rank holds; None where nothing is sharded."""
     sharding = decisions.sharding
-    if sharding is None or sharding.axis("shard") is None:
+    if sharding is None or not sharding.shards:
         return None
-    ranks, device = sharding.size("shard"), computing_device(graph, decisions)
+    ranks, device = sharding.shard_ranks, computing_device(graph, decisions)
     reshard = (
         sharding.reshard
         if isinstance(sharding.reshard, bool)
@@ -169,7 +167,7 @@ def _owner(name: str, units: set[str]) -> str:
 def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
-    return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None
+    return sharding is not None and not sharding.shards and sharding.axis("replicate") is not None
 
 
 def _change(held: Held, nbytes: int) -> Change:
@@ -192,24 +190,22 @@ def _largest(changes: Sequence[Change]) -> list[Change]:
 def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     """What a rank holds of every tensor, in the order in which they are made: whole ones first."""
     sharding = decisions.sharding or Sharding(axes=(Axis(name="dp_replicate", size=1),))
-    place, cuts = coordinate_of(sharding, rank), sharding.cuts(graph)
-    first, fsdp = dict.fromkeys(place, 0), sharding.axis("shard") is not None
+    parts = LocalParts.of_rank(sharding, graph, rank)
     tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
     for tensor in sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph))):
-        cut = next((cuts[name] for name in tensor.names if name in cuts), None)
-        sharded = fsdp and tensor.kind == "parameter"
-        shape = local_shape(tensor.shape, cut, sharded, sharding, place)
+        if (shape := parts.shape(tensor)) is None:
+            continue
         numel = math.prod(shape)
         held = Held(
             tensor,
             _device(tensor, graph, decisions),
             shape,
             numel,
-            padded=math.prod(local_shape(tensor.shape, cut, sharded, sharding, first)) if sharded else numel,
+            padded=math.prod(parts.shape(tensor, first=True) or ()) if parts.is_sharded(tensor) else numel,
             working=_working(tensor, graph, decisions, numel),
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
-            divided=sharded or cut is not None,
+            divided=parts.is_divided(tensor),
         )
         yield _quantized(held, decisions) if held.device != DISK else _on_disk(held)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from ..tracer.graph import ParamGraph
 from .allocations import Timeline
 from .decisions import Decisions
+from .local_parts import LocalParts
 from .memory import Memory, memory_of_run
 from .profile import NoProfile, Profile
-from .rank_memory import coordinate_of, local_shape
 from .sharding import Sharding
 from .workload import Training
 
@@ -23,13 +23,8 @@ RankClass = tuple[tuple[int, ...], ...]
 
 def rank_class(graph: ParamGraph, sharding: Sharding, rank: int) -> RankClass:
     """What ranks with the same memory have in common; the same for two of them exactly where they hold the same shapes."""
-    cuts, place = sharding.cuts(graph), coordinate_of(sharding, rank)
-    sharded = sharding.axis("shard") is not None
-    found = []
-    for tensor in graph.parameters:
-        cut = next((cuts[name] for name in tensor.names if name in cuts), None)
-        found.append(local_shape(tensor.shape, cut, sharded, sharding, place))
-    return tuple(found)
+    parts = LocalParts.of_rank(sharding, graph, rank)
+    return tuple(parts.shape(tensor) or () for tensor in graph.parameters)
 
 
 def memory_of_ranks(

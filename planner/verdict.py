@@ -153,16 +153,16 @@ def verdict(memory: Memory, cluster: Cluster, margin: float = MARGIN) -> Verdict
     """Whether what `memory` predicts fits `cluster`, with `margin` as a share of what is needed.
 
     Rank i has the i-th device, nodes being filled one after the other; of a plan for one process, `cuda:i` is the i-th device of
-    the first node. Where the devices of a node are alike only rank 0, the one that holds most, is looked at. Raises
+    the first node. Where the devices of a node are alike only the ranks that hold most are looked at (`Memory.distinct`). Raises
     `DecisionError` where the plan needs more devices than there are, or others.
     """
     if not isinstance(margin, int | float) or isinstance(margin, bool) or not 0 <= margin < 10:
         raise DecisionError(f"margin is {margin!r}; it is a share of the bytes needed, such as 0.2")
     if memory.ranks > cluster.ranks:
         raise DecisionError(f"the plan has {memory.ranks} ranks, and {cluster} has room for {cluster.ranks}, one for each device")
-    ranks = range(memory.ranks if cluster.is_mixed else 1)
+    ranks = range(memory.ranks) if cluster.is_mixed and memory.ranks > 1 else memory.distinct
     found = [memory.rank(rank) for rank in ranks] if memory.ranks > 1 else [memory]
-    rooms = [room for rank, each in enumerate(found) for room in _device_rooms(each, rank, memory, cluster, margin)]
+    rooms = [room for rank, each in zip(ranks, found, strict=True) for room in _device_rooms(each, rank, memory, cluster, margin)]
     rooms += _host_rooms(found, memory, cluster, margin)
     if not rooms:
         raise DecisionError(
@@ -239,7 +239,9 @@ def _host_rooms(found: Sequence[Memory], whole: Memory, cluster: Cluster, margin
     if cluster.host_memory is None:
         return
     ranks = min(whole.ranks, max(len(cluster.devices), 1))
-    nodes = [found[first : first + ranks] for first in range(0, len(found), ranks)] if cluster.is_mixed else [[found[0]] * ranks]
+    nodes = [found[first : first + ranks] for first in range(0, len(found), ranks)]
+    if not cluster.is_mixed:
+        nodes = [[each] * ranks for each in found]
     peaks = max(([_host_peak(each) for each in node] for node in nodes), key=lambda node: sum(nbytes for _, nbytes in node))
     on_devices = any(_uses_devices(each) for each in found)
     process = CUDA_PROCESS_BYTES if on_devices else PROCESS_BYTES
@@ -303,7 +305,8 @@ def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
     if memory.left_out:
         yield f'{", ".join(memory.left_out)} are not counted, so that nothing better than "tight" can be said'
     if memory.ranks > 1 and not cluster.is_mixed:
-        yield "the ranks have devices that are alike: rank 0, which holds most, speaks for all"
+        holding = "rank 0, which holds most, speaks" if len(memory.distinct) == 1 else "the first rank of each stage speaks"
+        yield f"the ranks have devices that are alike: {holding} for all"
     used = memory.ranks if memory.ranks > 1 else sum(device != HOST for device in _peaks(memory))
     if cluster.devices and used < cluster.ranks:
         yield f"the plan uses {used} of {cluster.ranks} devices"

@@ -32,7 +32,7 @@ from .fake_step import device_of, run_fake, step_module, with_implementation
 from .fake_world import fake_world
 from .fsdp_memory import fsdp_followed
 from .gloo_scratch import gloo_scratch_bytes
-from .parallel import apply_sharding, mesh_of
+from .parallel import apply_sharding, mesh_of, not_run
 
 _HOST = "cpu"
 
@@ -44,6 +44,8 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
     """
     sharding = decisions.sharding
     assert sharding is not None
+    if given := not_run(sharding):
+        raise DecisionError(f'tier="T1" runs what the runtime carries out, and not {" and ".join(given)}; ask for tier="T0"')
     device = device_of(build, decisions)
     copied = sharding.offload and device != _HOST
     module = step_module(build, decisions)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.decisions import Decisions
+from ..planner.exchanges import attention_output
 from ..planner.profile import NoProfile, Profile
 from ..planner.records import dtype_named
 from ..planner.sharding import Sharding
@@ -24,6 +25,7 @@ from .allocations import Allocations
 from .build import Build
 from .example_inputs import example_inputs
 from .fake_step import device_of, step_module
+from .microbatches import first_of, not_profiled, staged_modules, watch_first_layer
 from .profiling import Traced, profile
 
 _KEPT = 64
@@ -38,6 +40,8 @@ def profile_of(build: Build, decisions: Decisions, training: Training) -> Profil
     """
     if decisions.placing is not None or decisions.quantizing:
         return NoProfile(f"the plan {'places tensors on several devices' if decisions.placing else 'quantizes'}")
+    if decisions.sharding is not None and (reason := not_profiled(decisions.sharding, training)) is not None:
+        return NoProfile(reason)
     known = _of_build(build)
     key = _key(build, decisions, training)
     if key not in known:
@@ -67,7 +71,12 @@ def _divided(sharding: Sharding | None) -> Any:
     if sharding is None:
         return None
     tensor = (sharding.axis("tensor"), sharding.tensor, sharding.engine) if sharding.size("tensor") > 1 else None
-    return tensor, (sharding.units, sharding.compute_dtype) if sharding.axis("shard") else None
+    return (
+        tensor,
+        sharding.pipeline,
+        sharding.size("context"),
+        (sharding.units, sharding.compute_dtype) if sharding.shards else None,
+    )
 
 
 def _look(inputs: Any) -> Any:
@@ -86,12 +95,37 @@ def _leaf(value: Any) -> Any:
 def _made(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
     try:
         with _quiet(), _divided_layers(build, decisions) as (made, traced):
-            return profile(made, lambda module: example_inputs(module, training), training, traced)
+            found = _with_passed(made, lambda module: _inputs(module, training, decisions.sharding), training, traced)
+        if decisions.sharding is not None and decisions.sharding.size("context") > 1 and not attention_output(found):
+            return NoProfile("ring attention takes the place of scaled_dot_product_attention, which is not called")
+        return found
     except GroundplanError as error:
         return NoProfile(str(error))
     except Exception as error:  # the module's own, which training would raise as well, or a kernel that fake tensors do not have
         message = str(error).splitlines() or [""]
         return NoProfile(f"a trace of forward and backward fails: {type(error).__name__}: {message[0]}")
+
+
+def _inputs(module: nn.Module, training: Training, sharding: Sharding | None) -> Any:
+    """The inputs of a rank's step: one micro-batch of a pipeline, a part of the sequence along a context axis."""
+    pipeline, parts = (None, 1) if sharding is None else (sharding.pipeline, sharding.size("context"))
+    length = None if training.seq_len is None else training.seq_len // parts
+    found = example_inputs(module, replace(training, seq_len=length))
+    return found if pipeline is None else first_of(found, pipeline.microbatches)
+
+
+def _with_passed(
+    made: Callable[[], nn.Module], inputs: Callable[[nn.Module], Any], training: Training, traced: Traced
+) -> Profile:
+    """A profile, with what the first of a list of layers hands to the next."""
+    passed: list[int] = []
+
+    def watched() -> nn.Module:
+        module = made()
+        watch_first_layer(module, passed)
+        return module
+
+    return replace(profile(watched, inputs, training, traced), passed=max(passed, default=0))
 
 
 @contextmanager
@@ -107,7 +141,7 @@ def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callab
     from .gloo_scratch import gloo_scratch_bytes
     from .parallel import apply_sharding, mesh_of
 
-    alone = sharding.model_copy(update={"axes": (axis,)})
+    alone = sharding.model_copy(update={"axes": (axis,), "pipeline": None})
 
     def made() -> nn.Module:
         module = step_module(build, decisions)
@@ -125,10 +159,11 @@ def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callab
 
 def _traced(build: Build, decisions: Decisions) -> Traced:
     sharding, device = decisions.sharding, device_of(build, decisions)
-    if sharding is None or sharding.axis("shard") is None:
+    if sharding is None or not (sharding.shards or sharding.pipeline):
         return Traced(device)
     dtype = None if sharding.compute_dtype is None else dtype_named(sharding.compute_dtype)
-    return Traced(device, (*sharding.unit_names(build.graph), ""), dtype)
+    names = dict.fromkeys([*sharding.unit_names(build.graph), *staged_modules(sharding, build.graph), ""])
+    return Traced(device, tuple(names), dtype)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 import groundplan as gp
+from groundplan.planner.local_parts import coordinate_of, local_shape
 from groundplan.planner.memory import RankError
-from groundplan.planner.rank_memory import coordinate_of, local_shape
 from groundplan.planner.sharding import Axis, Cut, Sharding, cut_of, matches
 from groundplan.runtime.regions import Indices, Unplaced, assembled, boxes_of, region_at, shape_of
 
