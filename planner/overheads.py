@@ -109,6 +109,20 @@ OVERHEADS: Mapping[str, Overhead] = MappingProxyType(
             cached=False,
             source="255 MB resident after `import groundplan` (measured, torch 2.13 for the CPU), doubled",
         ),
+        "host process, torch.distributed": Overhead(
+            low=46 * 10**6,
+            high=100 * 10**6,
+            per="process of several ranks, in host memory",
+            cached=False,
+            source="46 MB more resident with torch.distributed, DTensor and FSDP2 imported (measured, torch 2.13 for the CPU)",
+        ),
+        "host process, transformers": Overhead(
+            low=110 * 10**6,
+            high=250 * 10**6,
+            per="process that builds a transformers model, in host memory",
+            cached=False,
+            source="110 MB more resident with a LlamaForCausalLM imported (measured, transformers 5.24)",
+        ),
         "host process with cuda": Overhead(
             low=255 * 10**6,
             high=2 * 10**9,

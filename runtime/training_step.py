@@ -1,4 +1,4 @@
-"""Two steps of training, as a training script takes them: forward, loss, backward, optimizer, on whatever tensors a module has.
+"""Steps of training, as a training script takes them: forward, loss, backward, optimizer, on whatever tensors a module has.
 
 `fake_step` runs it on fake tensors to see what it allocates; run on a real module it is what a fake run is compared with.
 """
@@ -35,20 +35,24 @@ def run_training(
     training: Training,
     phase: Callable[[str], None],
     made: Callable[[torch.optim.Optimizer], None] = lambda _: None,
+    steps: int = 2,
+    device: str = "cpu",
 ) -> None:
     """Prepare `module` as `training` says and take two steps; `phase` is called with the name of each phase as it begins.
 
     The first step makes the optimizer's state, so only the second is like all later ones. Outputs are let go once there is a
-    loss, the loss after the backward, gradients after the optimizer. `made` gets the optimizer.
+    loss, the loss after the backward, gradients after the optimizer. `made` gets the optimizer. `steps` more than two are like the
+    second; `device` is the type of device that autocast is for.
     """
     module.train()
     if training.checkpointing == "full":
         checkpoint_layers(module)
     optimizer = optimizer_of(module, training)
     made(optimizer)
-    for stepping, updating in ((FIRST_STEP, FIRST_OPTIMIZER), (STEP, OPTIMIZER)):
+    for number in range(steps):
+        stepping, updating = (STEP, OPTIMIZER) if number else (FIRST_STEP, FIRST_OPTIMIZER)
         phase(stepping)
-        _forward_and_backward(module, inputs, training)
+        _forward_and_backward(module, inputs, training, device)
         phase(updating)
         if training.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(module.parameters(), training.clip_grad_norm)
@@ -66,8 +70,8 @@ def optimizer_of(module: nn.Module, training: Training) -> torch.optim.Optimizer
     return _KINDS[training.optimizer](trained, lr=_LEARNING_RATE, **options)
 
 
-def _forward_and_backward(module: nn.Module, inputs: Any, training: Training) -> None:
-    with nullcontext() if training.autocast is None else torch.autocast("cpu", training.autocast):
+def _forward_and_backward(module: nn.Module, inputs: Any, training: Training, device: str) -> None:
+    with nullcontext() if training.autocast is None else torch.autocast(device, training.autocast):
         loss = _loss(module, inputs, training)
     loss.backward()
 

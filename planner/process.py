@@ -1,0 +1,25 @@
+"""What a process holds in host memory beside its tensors: Python, torch, and the libraries that a plan brings in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..tracer.graph import ParamGraph
+from .decisions import Decisions
+from .overheads import OVERHEADS
+
+
+def process_bytes(graph: ParamGraph, decisions: Decisions) -> dict[str, int]:
+    """The bytes by name, each the lower end of its entry in the table of overheads: what importing takes, and no more.
+
+    What a program imports besides comes on top. A plan that uses CUDA has `host process with cuda` in place of `host process`.
+    """
+    return {name: OVERHEADS[name].low for name in _names(graph, decisions)}
+
+
+def _names(graph: ParamGraph, decisions: Decisions) -> Iterator[str]:
+    yield "host process"
+    if decisions.sharding is not None:
+        yield "host process, torch.distributed"
+    if any(module.type.startswith("transformers.") for module in graph.modules):
+        yield "host process, transformers"
