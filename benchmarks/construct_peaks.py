@@ -70,12 +70,12 @@ def child(kind: str, model: str, cast: str, more: str) -> Result:
 
 
 def rank(kind: str, model: str, cast: str, more: str, folder: str) -> None:
-    """One of several: its axes are in `more`, and a checkpoint's path after a space."""
+    """One of several: its axes are in `more`, such as `dp=2`, and a checkpoint's path after a space."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     axes, _, checkpoint = more.partition(" ")
-    plan = planned(model, cast).shard(json.loads(axes))
+    plan = planned(model, cast).shard({name: int(size) for name, size in (axis.split("=") for axis in axes.split(","))})
     memory = plan.memory().rank(dist.get_rank())
     options = {"checkpoint": checkpoint, "missing": "error"} if checkpoint else {"seed": 0}
     found = peak_of(plan, "load" if checkpoint else "construct", lambda: plan.materialize(**options), memory)
@@ -104,6 +104,7 @@ def peak_of(plan: Any, phase: str, body: Callable[[], Any], memory: Any = None) 
 
 def row(kind: str, model: str, cast: str, found: Result) -> Result:
     difference = found["peak"] - found["predicted"]
+    print(kind, model, cast, megabytes(difference), {name: megabytes(each) for name, each in found.items()}, file=sys.stderr)
     return {
         "what": kind,
         "model": model + (f", {cast}" if cast else ""),
@@ -137,7 +138,7 @@ def rank_rows(models: Sequence[str], worlds: Sequence[int], root: Path) -> list[
         for world in worlds:
             for cast in ("", "bfloat16"):
                 for kind, checkpoint in (("construct", ""), ("load", f" {path}")):
-                    ones = run_ranks(world, model, cast, json.dumps({"dp": world}) + checkpoint)
+                    ones = run_ranks(world, model, cast, f"dp={world}{checkpoint}")
                     worst = max(ones, key=lambda each: abs(each["peak"] - each["predicted"]))
                     found.append(row(f"{kind}, {world} ranks", model, cast, worst))
     return found
