@@ -158,7 +158,9 @@ def run_ranks(world: int, model: str, cast: str, more: str) -> list[Result]:
 
 def written(model: str, form: str, root: Path) -> Path:
     """The checkpoint of a model in one of the forms; written by a process of its own when first asked for."""
-    path = root / f"{abs(hash(model))}-{form}{'.safetensors' if form == 'safetensors' else '.bin' if form == 'torch.save' else ''}"
+    path = (
+        root / f"{abs(hash(model))}-{form}{'.safetensors' if form == 'safetensors' else '.bin' if form == 'torch.save' else ''}"
+    )
     if not path.exists():
         run_child("write", model, form, str(path))
     return path
@@ -188,7 +190,11 @@ def main() -> None:
     if options.rank:
         rank(*options.rank)
     if options.child:
-        print(json.dumps((write if options.child[0] == "write" else lambda *words: child(options.child[0], *words))(*options.child[1:])))
+        print(
+            json.dumps(
+                (write if options.child[0] == "write" else lambda *words: child(options.child[0], *words))(*options.child[1:])
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as root:
         rows = whole_rows(options.models) + load_rows(options.loaded, Path(root))

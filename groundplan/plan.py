@@ -12,6 +12,7 @@ import torch
 
 from .explain import Explanation, explain
 from .planner.allocator_config import AllocatorConfig
+from .planner.calibration import Calibration
 from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
@@ -85,13 +86,14 @@ class Plan:
         workload: Training | None = None,
         cluster: Cluster | str | None = None,
         *,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
         tier: Tier = "T0",
         allocator: AllocatorConfig | str | None = None,
     ) -> Report:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
         With a `workload` the memory is that of training, with a `cluster` it says as well whether that fits (`Memory.fits`).
-        `tier` and `allocator` are as in `memory`, and raise the same.
+        `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
@@ -100,7 +102,9 @@ class Plan:
         'fits'
         """
         found = self.memory(workload, tier=tier, allocator=allocator, cluster=cluster)
-        return Report(self.graph, self.decisions, found, None if cluster is None else found.fits(cluster))
+        return Report(
+            self.graph, self.decisions, found, None if cluster is None else found.fits(cluster, calibration=calibration)
+        )
 
     def explain(self, name: str | None = None) -> Explanation:
         """One tensor's recipe with its source lines; without a name, every decision with its reason.
@@ -445,14 +449,14 @@ class Plan:
     ) -> Verification:
         """Build the plan for real, train it for `steps` steps, and say what every phase took beside what was predicted.
 
-        The module is built as by `materialize(seed, checkpoint)` and, with a `workload`, takes its steps: on CUDA the peaks are the
-        caching allocator's own counts, on the CPU those of torch.profiler's memory events. Two more steps are looked at op by op:
-        they say which kinds of memory and which tensors the difference consists of. A checkpoint of the module is written to a
-        temporary folder, and removed, where that is cheap (4 GB) or with `saving=True`. With `keep` the module, as the steps left
-        it, is the verification's `module`; else it is dropped.
+        The module is built as by `materialize(seed, checkpoint)` and, with a `workload`, takes its steps. On CUDA the peaks are
+        the caching allocator's own counts, on the CPU those of torch.profiler's memory events. Two more steps are looked at op by
+        op: they say which kinds of memory and which tensors the difference consists of. A checkpoint of the module is written to
+        a temporary folder, and removed, where that is cheap (4 GB) or with `saving=True`. With `keep` the module, as the steps
+        left it, is the verification's `module`; else it is dropped.
 
-        Every rank of a sharded plan makes the same call and measures itself; all of them get all figures. Random generators are as
-        they were afterwards; CUDA's peak counters and the process's own record of resident memory (VmHWM) start anew.
+        Every rank of a sharded plan makes the same call and measures itself; all of them get all figures. Random generators are
+        as they were afterwards; CUDA's peak counters and the process's own record of resident memory (VmHWM) start anew.
 
         Raises `DecisionError` for steps below 2 and for training a plan that places or quantizes; what `materialize` raises.
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .planner.calibration import Calibration, calibration_of
+from .planner.cluster import Cluster
 from .planner.memory import Memory, timelines_of
 from .planner.verification import Check, Part, RankChecks, worst
 from .planner.workload import Training
@@ -43,6 +44,7 @@ class Verification(Shown):
     ranks: tuple[RankChecks, ...]
     steps: int
     notes: tuple[str, ...] = ()
+    communicators: int = 0
     module: Any = field(default=None, compare=False)
 
     @property
@@ -85,7 +87,7 @@ class Verification(Shown):
 
     def calibration(self) -> Calibration:
         """What was measured, as something to predict with: `memory.fits(cluster, calibration=...)`."""
-        return calibration_of(self.machine, self.ranks)
+        return calibration_of(self.machine, self.ranks, self.communicators)
 
     def save_calibration(self, path: str | os.PathLike[str]) -> Calibration:
         """Add what was measured to the calibration at `path`, which is made where there is none; gives all that it then has.
@@ -137,14 +139,21 @@ def _table(checks: tuple[Check, ...]) -> Table:
     table.add_column("  phase", no_wrap=True)
     if several:
         table.add_column("device", no_wrap=True)
-    for title in ("T0", *(["T1"] if run else []), "measured", "off", "%", "whole"):
+    reserved = any(check.reserved is not None for check in checks)
+    for title in ("T0", *(["T1"] if run else []), "measured", "off", "%", *(["T2", "reserved"] if reserved else []), "whole"):
         table.add_column(title, justify="right", no_wrap=True)
     for check in checks:
         cells = [f"  {check.phase}", *([check.device] if several else []), format_bytes(check.closed_form)]
-        cells += ["" if check.run is None else format_bytes(check.run)] if run else []
-        cells += [format_bytes(check.measured), signed(check.difference), f"{check.percent:+.2f}", format_bytes(check.whole)]
+        cells += [_known(check.run)] if run else []
+        cells += [format_bytes(check.measured), signed(check.difference), f"{check.percent:+.2f}"]
+        cells += [_known(check.replayed), _known(check.reserved)] if reserved else []
+        cells.append(format_bytes(check.whole))
         table.add_row(*cells, style=None if abs(check.percent) < 2 else "yellow" if check.difference < 0 else "bold red")
     return table
+
+
+def _known(nbytes: int | None) -> str:
+    return "" if nbytes is None else format_bytes(nbytes)
 
 
 def _parts(check: Check, width: int) -> Iterator[RenderableType]:
@@ -207,7 +216,9 @@ def verified(
         sharded=decisions.sharding is not None,
     )
     ranks, module = verify(job, predicted, timeout)
-    return Verification(decisions.constructor, tuple(ranks), steps, tuple(notes), module if keep else None)
+    return Verification(
+        decisions.constructor, tuple(ranks), steps, tuple(notes), plan.memory().communicators, module if keep else None
+    )
 
 
 def _check(plan: Plan, workload: Training | None, steps: int) -> None:
@@ -220,9 +231,10 @@ def _check(plan: Plan, workload: Training | None, steps: int) -> None:
 
 
 def _run(plan: Plan, workload: Training, notes: list[str]) -> Memory | None:
-    """T1's memory; None, with a note, where the step cannot be run on fake tensors."""
+    """T1's memory, T2's for a plan on CUDA; None, with a note, where the step cannot be run on fake tensors."""
+    on_cuda = any(device.startswith("cuda") for device in plan.memory().devices)
     try:
-        return plan.memory(workload, tier="T1")
+        return plan.memory(workload, tier="T2" if on_cuda else "T1", cluster=Cluster.here() if on_cuda else None)
     except (DecisionError, MemoryRunError) as error:
         notes.append(f"T1 could not be run, so that T0 is compared: {error}")
         return None

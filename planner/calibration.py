@@ -1,24 +1,26 @@
 """What verifications have measured on one kind of device, to predict with: how far off phases were, and what comes on top.
 
-`error` of a phase is the share that has to be kept free for what was not predicted, `bias` the share by which too little was
-predicted each time:
+A phase that is predicted to take P bytes is corrected by two things:
 
-* `bias` is the largest of measured / predicted - 1 over all verifications, and never below zero: a prediction that was too high is
-  not lowered;
-* `error` is three standard deviations of measured / predicted over all steps of all verifications, and never below
-  `LEAST` (2 %), or `LEAST_OF_FEW` (5 %) while there are fewer than `ENOUGH` (3) verifications, whose spread says little.
+* `bias`, the bytes by which too little was predicted: over all verifications of the phase the largest excess E, as it is and in
+  proportion to P, whichever is more (workspaces stay as they are, activations grow). Where too much was predicted, it stays so;
+* `error`, the share that is to stay free besides: three standard deviations of measured / predicted over all steps of all
+  verifications, but not below `LEAST` (2 %), or `LEAST_OF_FEW` (5 %) while there are fewer than `ENOUGH` (3) verifications, whose
+  spread says little.
 
-Predictions of more than `REACH` (10) times the largest bytes that were verified are not calibrated: there the uncalibrated margin
-stays. *Measured* are the bytes that the device had to give: reserved by torch's allocator on CUDA, handed out on the CPU.
+Where P is more than `REACH` (10) times the largest that was verified, nothing is corrected, and the uncalibrated margin stays.
+*Measured* are the bytes that a device had to give: those reserved by torch's allocator on CUDA, and on the CPU those by which the
+process grew.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -28,6 +30,7 @@ from .catalog import problems
 from .plan_file import replace_file
 from .rank_memory import HOST
 from .records import Record
+from .tiers import Tier
 from .verification import Check, RankChecks
 
 SIGMAS = 3
@@ -40,13 +43,22 @@ _WAY_OUT = "make it anew with verification.save_calibration(path)"
 
 
 class Measured(Record):
-    """One phase of one verification: what `tier` predicted, and what each of its steps took."""
+    """One phase of one verification: what `tier` predicted, and what each of its steps took.
+
+    `taken` is what was held outside torch's allocator, on CUDA with so many `communicators`.
+    """
 
     phase: str
-    tier: Literal["T0", "T1"]
+    tier: Tier
     predicted: Annotated[int, Field(gt=0)]
     measured: Annotated[tuple[_Bytes, ...], Field(min_length=1)]
     taken: _Bytes
+    communicators: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def excess(self) -> int:
+        """By how many bytes too little was predicted."""
+        return max(0, max(self.measured) - self.predicted)
 
     @property
     def ratios(self) -> list[float]:
@@ -54,10 +66,11 @@ class Measured(Record):
         return [each / self.predicted for each in self.measured]
 
 
-class Correction(Record):
-    """What a calibration says of one phase: shares of its predicted bytes, and from how many verifications they are."""
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What a calibration says of one phase: bytes that come on top, a share kept free, and how many verifications say so."""
 
-    bias: float
+    bias: int
     error: float
     verifications: int
 
@@ -67,8 +80,8 @@ class Calibration(Record):
 
     >>> once = Measured(phase="step", tier="T1", predicted=1000, measured=(1010, 1010), taken=300)
     >>> found = Calibration(machine="cpu", torch="2.13.0", records=(once,))
-    >>> found.correction("step", "T1", 5000)
-    Correction(bias=0.01, error=0.05, verifications=1)
+    >>> found.correction("step", "T1", 5000), found.correction("step", "T1", 50).bias
+    (Correction(bias=50, error=0.05, verifications=1), 10)
     >>> found.correction("step", "T1", 50_000) is None
     True
     """
@@ -89,6 +102,11 @@ class Calibration(Record):
         """The most bytes that were taken outside torch's allocator: CUDA's context and libraries, or the process itself."""
         return max((each.taken for each in self.records), default=0)
 
+    @property
+    def communicators(self) -> int:
+        """How many communicators these include."""
+        return min((each.communicators for each in self.records if each.taken == self.taken), default=0)
+
     def correction(self, phase: str, tier: str, predicted: int) -> Correction | None:
         """How a prediction is corrected; None where nothing like it was measured."""
         records = [each for each in self.records if each.phase == phase and each.tier == tier]
@@ -97,9 +115,8 @@ class Calibration(Record):
         ratios = [ratio for each in records for ratio in each.ratios]
         spread = SIGMAS * statistics.stdev(ratios) if len(ratios) > 1 else 0.0
         least = LEAST if len(records) >= ENOUGH else LEAST_OF_FEW
-        return Correction(
-            bias=round(max(0.0, max(ratios) - 1), 9), error=round(max(least, spread), 9), verifications=len(records)
-        )
+        bias = max(max(each.excess, -(-each.excess * predicted // each.predicted)) for each in records)
+        return Correction(bias, max(least, spread), len(records))
 
     def __add__(self, other: Calibration) -> Calibration:
         """Both together; raises `CalibrationError` where they are of two kinds of device or two versions of torch."""
@@ -113,8 +130,8 @@ class Calibration(Record):
         """Raise `CalibrationError` where it was made with another version of torch than this one."""
         if self.torch != torch_version():
             raise CalibrationError(
-                f"the calibration is of torch {self.torch}, and this is {torch_version()}, whose kernels may take something else: "
-                "verify a plan with this version, or predict without calibration="
+                f"the calibration is of torch {self.torch}, and this is {torch_version()}, whose kernels may take something "
+                "else: verify a plan with this version, or predict without calibration="
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -141,23 +158,28 @@ def torch_version() -> str:
     return torch.__version__.partition("+")[0]
 
 
-def calibration_of(machine: str, ranks: Iterable[RankChecks]) -> Calibration:
+def calibration_of(machine: str, ranks: Iterable[RankChecks], communicators: int = 0) -> Calibration:
     """The calibration that one verification makes, of all its ranks; on a machine with CUDA of its devices alone."""
-    records = tuple(
-        _record(check) for each in ranks for check in each.checks if check.predicted and (check.device == HOST) == (machine == HOST)
-    )
+    checks = [check for each in ranks for check in each.checks if (check.device == HOST) == (machine == HOST)]
+    records = tuple(record for check in checks for record in _records(check, communicators))
     return Calibration(machine=machine, torch=torch_version(), records=records)
 
 
-def _record(check: Check) -> Measured:
-    kept = check.whole - check.taken - check.measured if check.device != HOST else 0  # what the allocator keeps beside it
-    return Measured(
-        phase=check.phase,
-        tier="T0" if check.run is None else "T1",
-        predicted=check.predicted,
-        measured=tuple(each + max(0, kept) for each in check.repeats),
-        taken=check.taken,
-    )
+def _records(check: Check, communicators: int) -> Iterator[Measured]:
+    """One for each tier that predicted the phase."""
+    outside = check.taken if check.device != HOST else 0
+    besides = max(0, check.whole - outside - check.measured)  # what the allocator keeps, or the process grew by
+    measured = tuple(each + besides for each in check.repeats)
+    for tier, predicted in check.tiers.items():
+        if predicted:
+            yield Measured(
+                phase=check.phase,
+                tier=tier,
+                predicted=predicted,
+                measured=measured,
+                taken=check.taken,
+                communicators=communicators,
+            )
 
 
 def _read(path: str | os.PathLike[str]) -> Calibration:

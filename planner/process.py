@@ -12,14 +12,15 @@ from .overheads import OVERHEADS
 def process_bytes(graph: ParamGraph, decisions: Decisions) -> dict[str, int]:
     """The bytes by name, each the lower end of its entry in the table of overheads: what importing takes, and no more.
 
-    What a program imports besides comes on top. A plan that uses CUDA has `host process with cuda` in place of `host process`.
+    What a program imports besides comes on top.
     """
     return {name: OVERHEADS[name].low for name in _names(graph, decisions)}
 
 
 def _names(graph: ParamGraph, decisions: Decisions) -> Iterator[str]:
+    of_transformers = any(op.site.line is not None and op.site.line.file.startswith("transformers/") for op in graph.ops)
     yield "host process"
-    if decisions.sharding is not None:
+    if decisions.sharding is not None or of_transformers:
         yield "host process, torch.distributed"
-    if any(module.type.startswith("transformers.") for module in graph.modules):
+    if of_transformers:
         yield "host process, transformers"

@@ -13,6 +13,7 @@ from typing import Any
 
 from .allocations import Allocation, Timeline
 from .rank_memory import Change
+from .tiers import Tier
 
 KERNELS = "inside kernels"
 """Memory that an op takes and gives back while it runs, and no tensor shows: workspaces of oneDNN, cuBLAS, cuDNN."""
@@ -28,7 +29,7 @@ _SHOWN_LARGEST = 5
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One kind of memory at the peak, predicted and measured; `largest` are the tensors or ops that differ most, with by how much."""
+    """One kind of memory at the peak, predicted and measured; `largest` are the tensors or ops that differ most."""
 
     name: str
     predicted: int
@@ -48,7 +49,8 @@ class Check:
     `closed_form` is T0's peak, `run` is T1's where the step can be run on fake tensors. `measured` is the worst of `repeats`, the
     peaks of the steps that were taken. `parts` add up to `difference`, `beyond` to `whole` less `measured`.
 
-    >>> check = Check("step", "cpu", 90, 100, 104, (104, 103), (Part("activation", 60, 60), Part(KERNELS, 0, 4)), 110, {"process": 6})
+    >>> parts = (Part("activation", 60, 60), Part(KERNELS, 0, 4))
+    >>> check = Check("step", "cpu", 90, 100, 104, (104, 103), parts, 110, {"process": 6})
     >>> check.difference, check.percent, sum(part.difference for part in check.parts)
     (4, 4.0, 4)
     """
@@ -63,10 +65,19 @@ class Check:
     whole: int
     beyond: Mapping[str, int]
     taken: int = 0
-    """Bytes held outside the allocator when the phase ended: CUDA's context and libraries, or the process as it was before."""
+    """Bytes held outside the allocator: CUDA's context and libraries when the phase ended, or the process as it was before."""
+    replayed: int | None = None
+    """T2's reserved bytes on a CUDA device, which `reserved` are to be."""
+    reserved: int | None = None
 
     @property
-    def tier(self) -> str:
+    def tiers(self) -> dict[Tier, int]:
+        """What each tier predicted: T0 and T1 the tensors, T2 what the allocator reserves for them."""
+        found: dict[Tier, int | None] = {"T0": self.closed_form, "T1": self.run, "T2": self.replayed}
+        return {tier: nbytes for tier, nbytes in found.items() if nbytes is not None}
+
+    @property
+    def tier(self) -> Tier:
         """Of the prediction that is compared."""
         return "T0" if self.run is None else "T1"
 
@@ -91,7 +102,7 @@ class Check:
             "phase": self.phase,
             "device": self.device,
             "tier": self.tier,
-            "predicted": {"T0": self.closed_form} | ({} if self.run is None else {"T1": self.run}),
+            "predicted": dict(self.tiers),
             "measured": self.measured,
             "repeats": list(self.repeats),
             "difference": self.difference,
@@ -100,6 +111,7 @@ class Check:
             "whole": self.whole,
             "beyond": dict(self.beyond),
             "taken": self.taken,
+            "reserved": self.reserved,
         }
 
 

@@ -41,7 +41,7 @@ def run_training(
     """Prepare `module` as `training` says and take two steps; `phase` is called with the name of each phase as it begins.
 
     The first step makes the optimizer's state, so only the second is like all later ones. Outputs are let go once there is a
-    loss, the loss after the backward, gradients after the optimizer. `made` gets the optimizer. `steps` more than two are like the
+    loss, the loss after the backward, gradients after the optimizer. `made` gets the optimizer. `steps` beyond two are like the
     second; `device` is the type of device that autocast is for.
     """
     module.train()

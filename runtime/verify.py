@@ -119,7 +119,9 @@ def _of_this_rank(job: Job, predicted: Predicted, ranks: Ranks) -> tuple[RankChe
 def _check_cuda(devices: Sequence[str]) -> None:
     for device in devices:
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise DecisionError(f"the plan puts tensors on {device}, and torch finds no CUDA device here; verify it where there is")
+            raise DecisionError(
+                f"the plan puts tensors on {device}, and torch finds no CUDA device here; verify it where there is"
+            )
 
 
 def _machine(devices: Sequence[str]) -> str:
@@ -253,10 +255,15 @@ class _Found:
         span = spans[repeats.index(max(repeats))]
         run = self._predicted.run
         closed_form = self._prediction(self._predicted.closed_form, phase, device)
-        of_run = None if run is None or run.run is None or span.name not in run.run.peaks else self._prediction(run, phase, device)
+        of_run = (
+            None if run is None or run.run is None or span.name not in run.run.peaks else self._prediction(run, phase, device)
+        )
         found = Check(phase, device, closed_form, of_run, max(repeats), repeats, (), 0, {})
         whole, beyond, taken = self._beyond(span, device, max(repeats))
-        return replace(found, parts=self._parts(found, span), whole=whole, beyond=beyond, taken=taken)
+        found = replace(found, parts=self._parts(found, span), whole=whole, beyond=beyond, taken=taken)
+        replayed = None if run is None or of_run is None else run.reserved.get(phase, {}).get(device)
+        reserved = max((each.counters[device].reserved for each in spans), default=0) if device in span.counters else None
+        return replace(found, replayed=None if replayed is None else replayed.reserved, reserved=reserved)
 
     def _beyond(self, span: Span, device: str, measured: int) -> tuple[int, dict[str, int], int]:
         """What there is besides: of the device, or of the process since it began to build."""
@@ -302,10 +309,10 @@ _KEPT = ("parameter", "buffer", "gradient", "optimizer state")
 
 def _worse_of(run: Memory, name: str, check: Check) -> str:
     """The phase of the run whose peak was compared: of the two in the optimizer the one that takes more."""
-    assert run.run is not None
-    if check.phase != OPTIMIZER:
+    if check.phase != OPTIMIZER or run.run is None:
         return name
-    return max((FIRST_OPTIMIZER, OPTIMIZER), key=lambda each: run.run.peaks[each].get(check.device, 0))
+    peaks = run.run.peaks
+    return max((FIRST_OPTIMIZER, OPTIMIZER), key=lambda each: peaks[each].get(check.device, 0))
 
 
 def _names_of(phase: str) -> tuple[str, ...]:

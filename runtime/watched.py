@@ -76,7 +76,7 @@ def _is_dtensor(kind: type) -> bool:
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
-    return tensor.to_local() if _is_dtensor(type(tensor)) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if _is_dtensor(type(tensor)) else tensor  # type: ignore[attr-defined]
 
 
 def held_at(peak: Peak, known: Mapping[MemoryEvent, Allocation]) -> list[Held]:
