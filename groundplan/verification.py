@@ -234,7 +234,8 @@ def _run(plan: Plan, workload: Training, notes: list[str]) -> Memory | None:
     """T1's memory, T2's for a plan on CUDA; None, with a note, where the step cannot be run on fake tensors."""
     on_cuda = any(device.startswith("cuda") for device in plan.memory().devices)
     try:
-        return plan.memory(workload, tier="T2" if on_cuda else "T1", cluster=Cluster.here() if on_cuda else None)
+        found = plan.memory(workload, tier="T2" if on_cuda else "T1", cluster=Cluster.here() if on_cuda else None)
     except (DecisionError, MemoryRunError) as error:
         notes.append(f"T1 could not be run, so that T0 is compared: {error}")
         return None
+    return found if found.ranks == plan.memory().ranks else None

@@ -8,7 +8,7 @@ whole less measured. All sizes are bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .allocations import Allocation, Timeline
@@ -40,6 +40,17 @@ class Part:
     def difference(self) -> int:
         """Measured less predicted."""
         return self.measured - self.predicted
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        largest = [{"what": what, "bytes": nbytes} for what, nbytes in self.largest]
+        return {
+            "name": self.name,
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "difference": self.difference,
+            "largest": largest,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +118,7 @@ class Check:
             "repeats": list(self.repeats),
             "difference": self.difference,
             "percent": round(self.percent, 3),
-            "parts": [asdict(part) | {"difference": part.difference} for part in self.parts],
+            "parts": [part.to_json() for part in self.parts],
             "whole": self.whole,
             "beyond": dict(self.beyond),
             "taken": self.taken,

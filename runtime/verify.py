@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,12 @@ def _train(
     watch.label_all(module, inputs)
     watch.label_state(module, optimizers.pop())
     # layers are checkpointed already, and the memory of the second run is that of the first
-    _look(module, inputs, replace(job.training, checkpointing="none"), recording, watch, kind)
+    _look(module, inputs, replace(job.training, checkpointing="none"), recording, watch, kind, job.sharded)
 
 
-def _look(module: nn.Module, inputs: Any, training: Training, recording: Recording, watch: Watched, kind: str) -> None:
+def _look(
+    module: nn.Module, inputs: Any, training: Training, recording: Recording, watch: Watched, kind: str, sharded: bool
+) -> None:
     """Two steps more, watched."""
     optimizers: list[torch.optim.Optimizer] = []
 
@@ -169,14 +171,21 @@ def _look(module: nn.Module, inputs: Any, training: Training, recording: Recordi
         recording.span(name, watched=True)
 
     handles = watch.follow(module)
+    followed = _fsdp_followed(watch, module) if sharded else nullcontext()
     try:
-        with watch:
+        with followed, watch:
             run_training(module, inputs, training, phase, optimizers.append, 2, kind)
     finally:
         for handle in handles:
             handle.remove()
     watch.label_state(module, optimizers[0])
     recording.span("")
+
+
+def _fsdp_followed(watch: Watched, module: nn.Module) -> AbstractContextManager[None]:
+    from .fsdp_memory import fsdp_followed  # torch's FSDP2, which it imports, takes a second
+
+    return fsdp_followed(watch, module)
 
 
 def real_inputs(module: nn.Module, training: Training, device: str) -> Any:
@@ -281,7 +290,7 @@ class _Found:
         looked = next((each for each in self._recording.spans if each.watched and each.name == span.name), span)
         if check.device not in looked.peaks:
             return attributed([], [], check.difference)
-        real = held_at(looked.peaks[check.device], self._known)
+        real = held_at(looked.peaks[check.device], self._known, KERNELS if looked.watched else "temporary")
         if check.run is None:
             real = [_counted(each, self._predicted.closed_form) for each in real]
         return attributed(self._guess(check, span), real, check.difference)
@@ -301,7 +310,7 @@ def _counted(each: Held, memory: Memory) -> Held:
     """The same, with the closed form's own kind where that counts it."""
     if each.kind == KERNELS or ("activations" in memory.left_out and each.kind not in _KEPT):
         return each
-    return replace(each, kind=_COUNTED)
+    return replace(each, kind=_COUNTED, what="closed form")
 
 
 _KEPT = ("parameter", "buffer", "gradient", "optimizer state")

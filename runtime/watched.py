@@ -15,10 +15,13 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.allocations import Allocation
 from ..planner.verification import KERNELS, Held, held_of
-from .allocations import Allocations
+from ..tracer.collect import roots_of
+from ..tracer.graph import Frame
+from .allocations import Allocations, parts_of
 from .fake_tensors import tensors_of
 from .memory_events import Lifetimes, MemoryEvent, Peak, living_at
 
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _OUTSIDE = "outside ops"
 
 
@@ -32,19 +35,26 @@ class Watched(Allocations):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if any(_is_dtensor(each) for each in types):
-            return NotImplemented  # DTensor takes it apart first, and its local ops come here
+        if func is _WAIT:
+            return func(*args, **(kwargs or {}))  # for real, where a run on fake tensors has nothing to wait for
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def _born(self, storage: torch.UntypedStorage, *place: Any) -> int:
-        index = super()._born(storage, *place)
+    def _born(self, storage: torch.UntypedStorage, op: str, module: str, source: Frame | None) -> int:
+        index = super()._born(storage, op, module, source)
         self._seen[index] = (time.time_ns(), storage.data_ptr())
         return index
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """The same piece is somewhere else now."""
+        super().resized(storage)
+        index = self._living.get(storage._cdata)
+        if index is not None:
+            self._seen[index] = (time.time_ns(), storage.data_ptr())
 
     def label_all(self, module: nn.Module, inputs: Any) -> None:
         """Say what is there before the first step."""
         for kind, name, tensor in tensors_of(module):
-            self.label(local_part(tensor), kind, name)
+            self.label(tensor, kind, name)
         for path, value in tree_flatten_with_path(inputs)[0]:
             if isinstance(value, torch.Tensor):
                 self.label(value, "input", ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path))
@@ -53,7 +63,7 @@ class Watched(Allocations):
         """Say what a backward has left."""
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
-                self.label(local_part(parameter.grad), "gradient", name)
+                self.label(parameter.grad, "gradient", name)
 
     def label_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Say what the optimizer holds."""
@@ -61,7 +71,7 @@ class Watched(Allocations):
         for parameter, entries in optimizer.state.items():
             for value in entries.values():
                 if isinstance(value, torch.Tensor):
-                    self.label(local_part(value), "optimizer state", names[id(parameter)])
+                    self.label(value, "optimizer state", names[id(parameter)])
 
     def pieces(self, spans: Lifetimes) -> dict[MemoryEvent, Allocation]:
         """Every piece by the memory event that handed it out."""
@@ -70,23 +80,14 @@ class Watched(Allocations):
         return {event: piece for event, piece in found if event is not None}
 
 
-def _is_dtensor(kind: type) -> bool:
-    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed.tensor")
+def held_at(peak: Peak, known: Mapping[MemoryEvent, Allocation], unknown: str = KERNELS) -> list[Held]:
+    """What is there at a peak; what no tensor shows that was seen is of the kind `unknown`, by its op."""
+    return [_held(event, known.get(event), unknown) for event in peak.living]
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if _is_dtensor(type(tensor)) else tensor  # type: ignore[attr-defined]
-
-
-def held_at(peak: Peak, known: Mapping[MemoryEvent, Allocation]) -> list[Held]:
-    """What is there at a peak; what no tensor shows is inside the kernel of its op."""
-    return [_held(event, known.get(event)) for event in peak.living]
-
-
-def _held(event: MemoryEvent, piece: Allocation | None) -> Held:
+def _held(event: MemoryEvent, piece: Allocation | None, unknown: str) -> Held:
     if piece is None:
-        return Held(KERNELS, event.op or _OUTSIDE, event.nbytes, event.nbytes)
+        return Held(unknown, event.op or _OUTSIDE, event.nbytes, event.nbytes)
     return held_of(piece, event.nbytes)
 
 
@@ -102,8 +103,7 @@ def built(peak: Peak, module: Any, spans: Lifetimes, when: int) -> list[Held]:
 
 
 def _addresses(module: Any) -> Iterator[tuple[str, int]]:
-    from ..tracer.collect import roots_of
-
     for prefix, root in roots_of(module).items():
         for _, name, tensor in reversed(list(tensors_of(root))):
-            yield f"{prefix}.{name}".strip("."), local_part(tensor.detach()).untyped_storage().data_ptr()
+            for part in parts_of(tensor.detach()):
+                yield f"{prefix}.{name}".strip("."), part.untyped_storage().data_ptr()
