@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -63,11 +64,10 @@ def calibrated(
     held = tensors[phase]
     added = {"reserved beyond them": predicted[phase] - held, "as measured": correction.bias, **outside}
     added = {name: nbytes for name, nbytes in added.items() if nbytes or name in outside}
-    needed = held + sum(added.values())
+    kept = correction.error * predicted[phase] + correction.least * sum(outside.values(), start=correction.bias)
     enough = correction.verifications >= ENOUGH
     left_out = tuple(each for each in room.left_out if not enough or each not in MEASURED_INSTEAD)
-    kept = -int(-needed * correction.error // 1)
-    return replace(room, phase=phase, tensors=held, added=added, margin=kept, left_out=left_out, calibrated=correction)
+    return replace(room, phase=phase, tensors=held, added=added, margin=math.ceil(kept), left_out=left_out, calibrated=correction)
 
 
 def _with_margin(predicted: int, correction: Correction | None, margin: float) -> float:

@@ -4,9 +4,9 @@ A phase that is predicted to take P bytes is corrected by two things:
 
 * `bias`, the bytes by which too little was predicted: over all verifications of the phase the largest excess E, as it is and in
   proportion to P, whichever is more (workspaces stay as they are, activations grow). Where too much was predicted, it stays so;
-* `error`, the share that is to stay free besides: three standard deviations of measured / predicted over all steps of all
+* `error`, the share of P that is to stay free besides: three standard deviations of measured / predicted over all steps of all
   verifications, but not below `LEAST` (2 %), or `LEAST_OF_FEW` (5 %) while there are fewer than `ENOUGH` (3) verifications, whose
-  spread says little.
+  spread says little. Of what comes on top of P, which was measured as it is, this least share stays free.
 
 Where P is more than `REACH` (10) times the largest that was verified, nothing is corrected, and the uncalibrated margin stays.
 *Measured* are the bytes that a device had to give: those reserved by torch's allocator on CUDA, and on the CPU those by which the
@@ -72,6 +72,7 @@ class Correction:
 
     bias: int
     error: float
+    least: float
     verifications: int
 
 
@@ -81,7 +82,7 @@ class Calibration(Record):
     >>> once = Measured(phase="step", tier="T1", predicted=1000, measured=(1010, 1010), taken=300)
     >>> found = Calibration(machine="cpu", torch="2.13.0", records=(once,))
     >>> found.correction("step", "T1", 5000), found.correction("step", "T1", 50).bias
-    (Correction(bias=50, error=0.05, verifications=1), 10)
+    (Correction(bias=50, error=0.05, least=0.05, verifications=1), 10)
     >>> found.correction("step", "T1", 50_000) is None
     True
     """
@@ -116,7 +117,7 @@ class Calibration(Record):
         spread = SIGMAS * statistics.stdev(ratios) if len(ratios) > 1 else 0.0
         least = LEAST if len(records) >= ENOUGH else LEAST_OF_FEW
         bias = max(max(each.excess, -(-each.excess * predicted // each.predicted)) for each in records)
-        return Correction(bias, max(least, spread), len(records))
+        return Correction(bias, max(least, spread), least, len(records))
 
     def __add__(self, other: Calibration) -> Calibration:
         """Both together; raises `CalibrationError` where they are of two kinds of device or two versions of torch."""

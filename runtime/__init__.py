@@ -25,6 +25,11 @@ A training step without memory: `fake_step` is that verb, run when `plan.memory(
 * `fake_tensors`: a module of fake tensors; `example_inputs`: what it is given; `training_step`: the step, on any tensors;
 * `allocations`: what ops allocate and when it goes; `scratch`: the table of what kernels take besides.
 
+The same for real, held against what was predicted: `verify` is that verb, run when `plan.verify()` is asked for:
+
+* `recording`: spans of the run and what each took; `memory_events`, `process_peak`: where that is read;
+* `watched`: a real step looked at op by op, and which of its pieces of memory are there at a peak.
+
 A checkpoint is a source of values. `checkpoint` opens one by its form (`safetensors_form`, `torch_form`, `dcp_form`; `files`):
 
 * `entries`: its tensors, any box of which is read into place; `hub`, `tiles`: those of a transformers model, converted;

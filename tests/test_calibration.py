@@ -1,4 +1,4 @@
-"""What verifications measured, used to predict with: kept as it was, believed no further than it goes, and of its own device alone."""
+"""What verifications measured, used to predict with: kept, believed no further than it goes, and of its own device alone."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_file_that_is_none_is_refused(number: int, tmp_path: Path) -> None:
 
 
 def test_a_calibration_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(gp.CalibrationError, match="cannot write the calibration .*a folder that exists"):
+    with pytest.raises(gp.CalibrationError, match=r"cannot write the calibration .*a folder that exists"):
         calibration(once()).save(tmp_path / "nowhere" / "it.json")
 
 
@@ -121,12 +121,11 @@ def test_the_driver_s_name_is_the_catalog_s() -> None:
 
 
 def test_the_error_bar_takes_the_margin_s_place() -> None:
-    plain, known = memory(62 * GB).fits("H100-80GB"), calibration(*[once(60 * GB)] * 3)
-    assert plain.verdict == "fits" or plain.binding.margin > 0
+    known = calibration(*[once(60 * GB)] * 3)
     tight, found = memory(70 * GB).fits("H100-80GB"), memory(70 * GB).fits("H100-80GB", calibration=known)
     assert tight.verdict == "tight" and found.verdict == "fits"
     room = found.binding
-    assert room.added == {"as measured": 0, "context and libraries, measured": GB // 2} or "as measured" not in room.added
+    assert room.added == {"context and libraries, measured": GB // 2}
     assert room.margin == pytest.approx(LEAST * room.needed, abs=1) and room.needed == 70 * GB + GB // 2
     assert f"calibrated on {H100}" in str(found) and "calibrated by 3 verifications, error 2.0%" in str(found)
     assert "20%" not in " ".join(found.notes) and found.to_json()["rooms"][0]["calibrated"]["verifications"] == 3
@@ -153,10 +152,8 @@ def test_few_verifications_say_little() -> None:
 
 def test_what_is_far_larger_or_was_not_measured_keeps_the_margin() -> None:
     known = calibration(once(GB))
-    for found in (
-        memory(REACH * GB + 1).fits("H100-80GB", calibration=known),
-        memory(GB, tier="T0").fits("H100", calibration=known),
-    ):
+    for nbytes in (REACH * GB + 1, GB):
+        found = memory(nbytes).fits("H100-80GB", calibration=known)
         expected = found.rooms[0].tensors > REACH * GB
         assert (found.binding.calibrated is None) is expected
         assert any("is not calibrated" in note for note in found.notes) is expected
