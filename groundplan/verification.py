@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from .plan import Plan
 
-_WIDEST = 60
-_SHOWN_LARGEST = 3
+_WIDEST = 44
+_SHOWN_LARGEST = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,7 +125,7 @@ class Verification(Shown):
         yield Text(f"  on {self.machine}, {self.steps} steps{many}\n", style="dim")
         yield _table(self.checks)
         for check in self.checks:
-            yield from _parts(check, width)
+            yield from _parts(check)
         notes = [*self.shown_rank.notes, *self.notes]
         if notes:
             yield heading("notes")
@@ -156,13 +156,13 @@ def _known(nbytes: int | None) -> str:
     return "" if nbytes is None else format_bytes(nbytes)
 
 
-def _parts(check: Check, width: int) -> Iterator[RenderableType]:
+def _parts(check: Check) -> Iterator[RenderableType]:
     """What the difference of one phase consists of, where there is any."""
     parts = [part for part in check.parts if part.difference]
     if not parts or not check.difference:
         return
     yield heading(f"{check.phase} on {check.device}: {signed(check.difference)} against {check.tier}")
-    yield from bullets(shortened(_line(part), width - 4) for part in sorted(parts, key=lambda part: -abs(part.difference)))
+    yield from bullets(_line(part) for part in sorted(parts, key=lambda part: -abs(part.difference)))
     for name, nbytes in check.beyond.items():
         yield from bullets([f"besides: {name} {signed(nbytes)}"], style="dim", mark=" ")
 

@@ -195,7 +195,7 @@ def real_inputs(module: nn.Module, training: Training, device: str) -> Any:
 
     def real(value: torch.Tensor) -> torch.Tensor:
         if not value.is_meta:
-            return value.to(device)
+            return value.detach().to(device, copy=True)  # so that it is counted, whoever holds the user's own
         if value.is_floating_point():
             return torch.randn(value.shape, generator=generator).to(device, value.dtype)
         return torch.randint(0, most, value.shape, generator=generator).to(device, value.dtype)

@@ -21,23 +21,17 @@ from .allocations import Allocations, parts_of
 from .fake_tensors import tensors_of
 from .memory_events import Lifetimes, MemoryEvent, Peak, living_at
 
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _OUTSIDE = "outside ops"
 
 
 class Watched(Allocations):
     """Follows a real step, and when and where each piece of memory was seen, so that it can be found among the memory events."""
 
+    skips_waiting = False
+
     def __init__(self) -> None:
         super().__init__(on_cpu=False)  # nothing is added from the table of what kernels take: that is what is looked for
         self._seen: dict[int, tuple[int, int]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is _WAIT:
-            return func(*args, **(kwargs or {}))  # for real, where a run on fake tensors has nothing to wait for
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _born(self, storage: torch.UntypedStorage, op: str, module: str, source: Frame | None) -> int:
         index = super()._born(storage, op, module, source)
