@@ -5,8 +5,9 @@ A phase that is predicted to take P bytes is corrected by two things:
 * `bias`, the bytes by which too little was predicted: over all verifications of the phase the largest excess E, as it is and in
   proportion to P, whichever is more (workspaces stay as they are, activations grow). Where too much was predicted, it stays so;
 * `error`, the share of P that is to stay free besides: three standard deviations of measured / predicted over all steps of all
-  verifications, but not below `LEAST` (2 %), or `LEAST_OF_FEW` (5 %) while there are fewer than `ENOUGH` (3) verifications, whose
-  spread says little. Of what comes on top of P, which was measured as it is, this least share stays free.
+  verifications, but not below `LEAST` (2 %), or `LEAST_OF_FEW` (5 %) while there are fewer than `ENOUGH` (3) verifications of
+  different sizes: the spread of few, or of one plan over and over, says little. Of what comes on top of P, which was measured as
+  it is, this least share stays free.
 
 Where P is more than `REACH` (10) times the largest that was verified, nothing is corrected, and the uncalibrated margin stays.
 *Measured* are the bytes that a device had to give: those reserved by torch's allocator on CUDA, and on the CPU those by which the
@@ -68,7 +69,7 @@ class Measured(Record):
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What a calibration says of one phase: bytes that come on top, a share kept free, and how many verifications say so."""
+    """What a calibration says of one phase: bytes that come on top, a share kept free, and how many sizes were verified."""
 
     bias: int
     error: float
@@ -115,9 +116,10 @@ class Calibration(Record):
             return None
         ratios = [ratio for each in records for ratio in each.ratios]
         spread = SIGMAS * statistics.stdev(ratios) if len(ratios) > 1 else 0.0
-        least = LEAST if len(records) >= ENOUGH else LEAST_OF_FEW
+        different = len({each.predicted for each in records})
+        least = LEAST if different >= ENOUGH else LEAST_OF_FEW
         bias = max(max(each.excess, -(-each.excess * predicted // each.predicted)) for each in records)
-        return Correction(bias, max(least, spread), least, len(records))
+        return Correction(bias, max(least, spread), least, different)
 
     def __add__(self, other: Calibration) -> Calibration:
         """Both together; raises `CalibrationError` where they are of two kinds of device or two versions of torch."""
@@ -160,10 +162,16 @@ def torch_version() -> str:
 
 
 def calibration_of(machine: str, ranks: Iterable[RankChecks], communicators: int = 0) -> Calibration:
-    """The calibration that one verification makes, of all its ranks; on a machine with CUDA of its devices alone."""
-    checks = [check for each in ranks for check in each.checks if (check.device == HOST) == (machine == HOST)]
-    records = tuple(record for check in checks for record in _records(check, communicators))
-    return Calibration(machine=machine, torch=torch_version(), records=records)
+    """The calibration that one verification makes: of its ranks, and devices, the one that took most in proportion.
+
+    On a machine with CUDA it is of its devices alone.
+    """
+    worst: dict[tuple[str, Tier], Measured] = {}
+    for check in (check for each in ranks for check in each.checks if (check.device == HOST) == (machine == HOST)):
+        for record in _records(check, communicators):
+            place = record.phase, record.tier
+            worst[place] = max(worst.get(place, record), record, key=lambda each: max(each.ratios))
+    return Calibration(machine=machine, torch=torch_version(), records=tuple(worst.values()))
 
 
 def _records(check: Check, communicators: int) -> Iterator[Measured]:

@@ -121,7 +121,7 @@ def test_the_driver_s_name_is_the_catalog_s() -> None:
 
 
 def test_the_error_bar_takes_the_margin_s_place() -> None:
-    known = calibration(*[once(60 * GB)] * 3)
+    known = calibration(once(60 * GB), once(50 * GB), once(40 * GB))
     tight, found = memory(70 * GB).fits("H100-80GB"), memory(70 * GB).fits("H100-80GB", calibration=known)
     assert tight.verdict == "tight" and found.verdict == "fits"
     room = found.binding
@@ -144,8 +144,9 @@ def test_too_much_predicted_stays() -> None:
 
 
 def test_few_verifications_say_little() -> None:
-    assert calibration(*[once()] * 2).correction("load", "T0", GB).error == LEAST_OF_FEW  # type: ignore[union-attr]
-    assert calibration(*[once()] * 3).correction("load", "T0", GB).error == LEAST  # type: ignore[union-attr]
+    assert calibration(*[once()] * 3).correction("load", "T0", GB).error == LEAST_OF_FEW  # type: ignore[union-attr]
+    different = calibration(once(GB), once(2 * GB), once(3 * GB))
+    assert different.correction("load", "T0", GB).error == LEAST  # type: ignore[union-attr]
     spread = calibration(once(100, 100, 110), once(100, 120), once(100, 90)).correction("load", "T0", 100)
     assert spread is not None and spread.error == pytest.approx(3 * 0.129, abs=1e-3) and spread.bias == 20
 
@@ -176,10 +177,11 @@ def test_what_is_left_out_was_measured_only_by_several() -> None:
     assert found.left_out, "or the next lines say nothing"
     phases = {phase: devices["cuda:0"] for phase, devices in found.by_device.items()}
     tiers = {phase: "T1" if phase in ("first_step", "step", "optimizer") else "T0" for phase in phases}
-    records = [once(nbytes, phase=phase, tier=tiers[phase]) for phase, nbytes in phases.items()]
-    assert found.fits("H100", calibration=calibration(*records)).verdict == "tight"
-    assert found.fits("H100", calibration=calibration(*records * 3)).verdict == "fits"
-    assert memory(GB, left_out=("activations",)).fits("H100", calibration=calibration(*[once()] * 3)).verdict == "tight"
+    records = [[once(times * nbytes, phase=phase, tier=tiers[phase]) for phase, nbytes in phases.items()] for times in (1, 2, 3)]
+    assert found.fits("H100", calibration=calibration(*records[0] * 3)).verdict == "tight"
+    assert found.fits("H100", calibration=calibration(*records[0], *records[1], *records[2])).verdict == "fits"
+    several = calibration(once(GB), once(2 * GB), once(3 * GB))
+    assert memory(GB, left_out=("activations",)).fits("H100", calibration=several).verdict == "tight"
 
 
 RATIOS = st.lists(st.floats(0.5, 2), min_size=1, max_size=5)
@@ -209,5 +211,8 @@ def test_ranks_that_took_more_than_they_were_handed_out() -> None:
         ("T2", 120, (134, 133)),
     ]
     assert found.taken == 5 and found.communicators == 2
+    more = Check("step", "cuda:0", 90, 100, 150, (150,), (), 155, {}, taken=5)
+    both = calibration_of(H100, [RankChecks(0, H100, (check,)), RankChecks(1, H100, (more,))])
+    assert [(each.tier, each.measured) for each in both.records] == [("T0", (150,)), ("T1", (150,)), ("T2", (134, 133))]
     alone = calibration_of("cpu", [RankChecks(0, "cpu", (host,))])
     assert alone.records[0].measured == (900,) and alone.taken == 7 and torch.__version__.startswith(alone.torch)
