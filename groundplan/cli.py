@@ -28,7 +28,7 @@ import groundplan as gp
 from .doctor import examine
 from .planner.cluster import cluster_of
 from .planner.memory import human_bytes
-from .planner.workload import COPIES
+from .planner.optimizers import OPTIMIZERS
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
 from .spec import Spec, offline, parse_spec
 from .tracer.errors import DecisionError, GroundplanError, MaterializeError, SpecError, nearest
@@ -87,7 +87,9 @@ def report(
     device: DeviceOption = None,
     train: Annotated[
         str | None,
-        typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(COPIES)}."),
+        typer.Option(
+            metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(OPTIMIZERS)}."
+        ),
     ] = None,
     cluster: Annotated[
         str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
+from .planner.rank_runs import memory_of_ranks
 from .planner.replayed_run import Allocator
 from .planner.reserved import with_reserved
 from .planner.sharding import LAYERS, sharding
@@ -128,9 +129,12 @@ class Plan:
         """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
 
         `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
-        plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU.
-        It is for plans of one device. `workload.inputs` are the inputs of that step, or are made from the module's signature.
-        `tier="T2"` replays that run through the rules of CUDA's caching allocator: `reserved` beside active bytes.
+        plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU. Of a
+        plan that shards it is the step of rank 0, under torch's own FSDP2 and tensor parallelism in a process group that talks to
+        nobody; your own process groups stay as they are. `rank(i)` of the result runs that rank's, if its parts have other
+        shapes. Plans that place or quantize have the closed form only. `workload.inputs` are the inputs of that step, of one
+        rank, or are made from the module's signature. `tier="T2"` replays that run through the rules of CUDA's caching allocator:
+        `reserved` beside active bytes.
 
         `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
         it asks for `reserved` as well, without activations. `cluster` says which devices it is for: cuBLAS's workspaces differ.
@@ -142,6 +146,8 @@ class Plan:
         {'construct': 64, 'load': 64, 'checkpoint': 64}
         >>> trace(torch.nn.Linear, 3, 4).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
         152
+        >>> trace(torch.nn.Linear, 3, 4).shard({"dp": 2}).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
+        88
         >>> on_gpu = trace(torch.nn.Linear, 3, 4).to("cuda").memory(Training("sgd", batch_size=2), tier="T2")
         >>> on_gpu.phases["optimizer"], on_gpu.reserved["optimizer"]["cuda:0"].reserved // 2**20
         (152, 68)
@@ -149,6 +155,11 @@ class Plan:
         check_tier(tier, workload, allocator)
         if tier == "T0" or workload is None:
             found = memory(self.graph, self.decisions, workload)
+        elif self.decisions.sharding is not None:
+            from .runtime.fake_ranks import fake_rank_step  # torch.distributed, which it imports, takes a second
+
+            run_of = partial(fake_rank_step, self._bound, self.decisions, workload)
+            found = memory_of_ranks(self.graph, self.decisions, workload, run_of)
         else:
             from .runtime.fake_step import fake_step
 

@@ -28,8 +28,8 @@ from pydantic import Field, ValidationError
 
 from ..tracer.errors import CalibrationError
 from .catalog import problems
+from .changes import HOST
 from .plan_file import replace_file
-from .rank_memory import HOST
 from .records import Record
 from .tiers import Tier
 from .verification import Check, RankChecks

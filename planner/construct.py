@@ -13,8 +13,8 @@ import torch
 
 from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
+from .changes import HOST, Change
 from .decisions import Cast, Move, castable
-from .rank_memory import HOST, Change
 
 WAITING_BYTES = 2**20
 """A storage of at least this many bytes that a step converts stays empty until the conversion reads it."""

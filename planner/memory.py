@@ -16,13 +16,16 @@ from ..tracer.graph import ParamGraph
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .allocator_events import Usage
 from .calibration import Calibration
+from .changes import HOST, Change
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
 from .decisions import Decisions, final_device, final_dtype
+from .optimizers import OPTIMIZERS, Trained
 from .quantizing import Quantizing
-from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
+from .rank_memory import LOAD_NOTE, is_ddp, rank_timelines, staged
 from .replayed_run import Allocator, ReplayedRun
 from .series import Series, series_of_changes, series_of_run
+from .training_memory import Stepped, hidden_names, training_phases
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
 
@@ -285,11 +288,8 @@ def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | Non
     found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
     state: list[Change] = []
     if workload is not None:
-        gradients = list(_gradients(graph, decisions))
-        state = _optimizer_state(gradients, workload)
-        found["first_step"] = [*weights, *gradients]
-        found["step"] = [*weights, *state, *gradients]
-        found["optimizer"] = [*found["step"], *_temporaries(gradients, workload)]
+        phases, state = training_phases(weights, list(_stepped(graph, decisions, workload)), workload)
+        found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
     return found
@@ -301,44 +301,44 @@ def _largest(changes: Iterable[Change], device: str) -> list[Change]:
     return [] if largest is None else [largest._replace(device=device)]
 
 
-def _gradients(graph: ParamGraph, decisions: Decisions) -> Iterator[Change]:
+def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Iterator[Stepped]:
     storages = {storage.index: storage for storage in graph.storages}
+    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
     for tensor in graph.parameters:
         device = memory_device(final_device(tensor, storages[tensor.view.storage], decisions))
         if tensor.requires_grad and device != "meta":
-            yield Change(device, tensor.name, tensor.numel * final_dtype(tensor, decisions).itemsize)
-
-
-def _optimizer_state(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    copies = [each._replace(nbytes=each.nbytes * workload.state_copies) for each in gradients]
-    return copies + [Change(HOST, each.tensor, workload.step_bytes) for each in gradients if workload.step_bytes]
-
-
-def _temporaries(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    parameters = [(each.device, each.nbytes) for each in gradients]
-    return [gradients[position]._replace(nbytes=nbytes) for position, nbytes in workload.temporaries(parameters)]
+            trained = Trained(device, tensor.shape, final_dtype(tensor, decisions), tensor.name in hidden)
+            yield Stepped(trained, Change(device, tensor.name, trained.nbytes))
 
 
 # -- tier T1 ------------------------------------------------------------------------------------------------------------
 
 
-def memory_of_run(graph: ParamGraph, decisions: Decisions, workload: Training, run: Timeline) -> Memory:
-    """The memory of training, with the phases of a step from a run of it, the others in closed form.
+def memory_of_run(
+    graph: ParamGraph,
+    decisions: Decisions,
+    workload: Training,
+    run: Timeline,
+    rank: int = 0,
+    of_rank: Callable[[int], Memory] | None = None,
+) -> Memory:
+    """The memory of training on one rank, with the phases of a step from a run of it, the others in closed form.
 
-    Raises what `memory` raises.
+    `of_rank` gives that of any rank. Raises what `memory` raises.
     """
-    weights, closed = memory(graph, decisions), memory(graph, decisions, workload)
+    weights, closed = memory(graph, decisions).rank(rank), memory(graph, decisions, workload).rank(rank)
     by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
     by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
     places = [(phase, device) for phase, devices in by_device.items() for device in devices]
     phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    found = Memory(by_device, Binding(phase, device, by_device[phase][device], ()), tuple(_run_notes(device, workload)))
+    notes = tuple(_run_notes(decisions, device, workload))
+    found = replace(closed, by_device=by_device, binding=Binding(phase, device, by_device[phase][device], ()), notes=notes)
     tensors = weights.binding.tensors
     if phase in run.peaks:
         tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
     left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
     binding = replace(found.binding, tensors=tensors)
-    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
+    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out, of_rank=of_rank)
 
 
 def _is_cuda(device: str) -> bool:
@@ -407,17 +407,22 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
     yield LOAD_NOTE
     if workload is not None:
         yield "training: activations and temporary workspaces are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
+        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
         yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
 
 
-def _run_notes(device: str, workload: Training) -> Iterator[str]:
+def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
+    sharding = decisions.sharding
+    if sharding is not None:
+        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), under torch's own sharding; ranks with like parts share a run"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):
         yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
     else:
-        yield "workspaces of oneDNN are not included"
+        yield "workspaces of oneDNN are not included" + (", copies that gloo makes are" if sharding is not None else "")
+    if is_ddp(decisions):
+        yield "DDP's buckets are in closed form, as its reducer does not run without memory"
     if workload.autocast is not None and device.startswith("cuda"):
         yield "autocast converts what it does on the CPU"
     if workload.loss is None:
@@ -446,6 +451,6 @@ def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str
     yield LOAD_NOTE
     if workload is not None:
         yield "training: activations, gathered units and communication buffers are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
-        if sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None:
+        yield f"training: gradients have the parameters' dtype; {OPTIMIZERS[workload.optimizer].note}"
+        if is_ddp(decisions):
             yield "training: DDP's buckets hold every gradient once more"

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
+from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
+from .optimizers import Trained
 from .placing import DISK
 from .quantizing import quantized_names
 from .sharding import Axis, Cut, Sharding
+from .training_memory import Stepped, hidden_names, training_phases
 from .workload import Training
 
 READ_BYTES = 2**24
@@ -26,32 +28,24 @@ READ_BYTES = 2**24
 
 LOAD_NOTE = "load reads a checkpoint straight into the tensors; on other devices than the CPU a piece at a time, through the host"
 
-HOST = "cpu"
-
-
-class Change(NamedTuple):
-    """Bytes allocated on a device (released, if negative) for the sake of a tensor."""
-
-    device: str
-    tensor: str
-    nbytes: int
-
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made.
 
-    `quantized` are the bytes of what has been made of it, which it may have been dropped for.
+    `quantized` are the bytes of what has been made of it, which it may have been dropped for; `divided` says that it is a DTensor.
     """
 
     tensor: TensorNode
     device: str
+    shape: tuple[int, ...]
     numel: int
     padded: int
     working: int
     itemsize: int
     trains: bool
     quantized: int = 0
+    divided: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -102,22 +96,28 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
     state: list[Change] = []
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
-        trained = [each for each in held if each.trains]
-        gradients = [_change(each, each.padded * each.itemsize) for each in trained]
-        buckets = gradients if _is_ddp(decisions) else []
-        state = [_change(each, each.nbytes * workload.state_copies) for each in trained]
-        state += [Change(HOST, each.tensor.name, workload.step_bytes) for each in trained if workload.step_bytes]
-        sizes = [(each.device, each.nbytes) for each in trained]
-        temporaries = [_change(trained[position], nbytes) for position, nbytes in workload.temporaries(sizes)]
-        found["first_step"] = [*padded, *buckets, *gradients]
-        found["step"] = [*padded, *buckets, *state, *gradients]
-        found["optimizer"] = [*found["step"], *temporaries]
+        stepped = _stepped(held, graph, decisions, workload)
+        buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
+        phases, state = training_phases([*padded, *buckets], stepped, workload)
+        found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
     return found
 
 
-def _is_ddp(decisions: Decisions) -> bool:
+def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, workload: Training) -> list[Stepped]:
+    """What the optimizer steps: a rank's part, without the padding that its gradient has."""
+    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
+    found = []
+    for each in (each for each in held if each.trains):
+        tensor = each.tensor
+        whole = tensor.shape if each.divided else None
+        trained = Trained(each.device, each.shape, final_dtype(tensor, decisions), tensor.name in hidden, whole)
+        found.append(Stepped(trained, _change(each, each.padded * each.itemsize)))
+    return found
+
+
+def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
     return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None
@@ -149,15 +149,18 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     for tensor in sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph))):
         cut = next((cuts[name] for name in tensor.names if name in cuts), None)
         sharded = fsdp and tensor.kind == "parameter"
-        numel = math.prod(local_shape(tensor.shape, cut, sharded, sharding, place))
+        shape = local_shape(tensor.shape, cut, sharded, sharding, place)
+        numel = math.prod(shape)
         held = Held(
             tensor,
             _device(tensor, graph, decisions),
+            shape,
             numel,
             padded=math.prod(local_shape(tensor.shape, cut, sharded, sharding, first)) if sharded else numel,
             working=_working(tensor, graph, decisions, numel),
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
+            divided=sharded or cut is not None,
         )
         yield _quantized(held, decisions) if held.device != DISK else _on_disk(held)
 

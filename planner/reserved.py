@@ -17,9 +17,9 @@ from .allocator import replay
 from .allocator_config import AllocatorConfig, AllocatorError
 from .allocator_driver import Device
 from .allocator_events import Allocate, Event, Free, Replayed, Usage
+from .changes import Change
 from .decisions import Decisions
 from .memory import Memory, check_rank, human_bytes, timelines_of
-from .rank_memory import Change
 from .replayed_run import HANDLES, Allocator, ReplayedRun, is_cuda, replay_run
 from .workload import Training
 

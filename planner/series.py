@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .allocations import Kind, Timeline
-from .rank_memory import Change
+from .changes import Change
 
 POINTS = 1500
 """About as many moments are kept: more than a drawing has columns of pixels for."""

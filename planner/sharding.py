@@ -120,7 +120,8 @@ class Sharding(Record):
 
     def unit_names(self, graph: ParamGraph) -> list[str]:
         """The modules that are units, inner ones first; the module as a whole, which is one too, is not named."""
-        names = [module.name for module in graph.modules if any(matches(pattern, module.name) for pattern in self.units)]
+        named = [module.name for module in graph.modules if module.name]
+        names = [name for name in named if any(matches(pattern, name) for pattern in self.units)]
         return sorted(names, key=lambda name: -name.count("."))
 
     def cuts(self, graph: ParamGraph) -> dict[str, Cut]:

@@ -16,9 +16,9 @@ from .allocator_driver import Device
 from .allocator_events import Usage
 from .calibrated import calibrated, check_calibration, is_for, outside_measured
 from .calibration import Calibration, Correction
+from .changes import HOST
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
-from .rank_memory import HOST
 from .replayed_run import replay_run
 from .tiers import Tier
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .allocations import Allocation, Timeline
-from .rank_memory import Change
+from .changes import Change
 from .tiers import Tier
 
 KERNELS = "inside kernels"

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
 from ..tracer.graph import Frame
+from .fake_ops import called
 from .scratch import corrected, kept_number, scratch_bytes
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -44,6 +45,10 @@ class _Piece:
     name: str = ""
     on_host: bool = False
     stream: str = ""
+    others: set[str] | None = None  # the names of what shares it: FSDP's gradients of one unit
+
+    def named(self) -> str:
+        return f"{self.name} and {len(self.others)} more" if self.others else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class Allocations(TorchDispatchMode):
         self._on_cpu = on_cpu  # whether the plan's device is the CPU, whose kernels' scratch is known
         self._host_phases = frozenset(host_phases)  # those that compute in host memory, where the plan's device is another
         self._on_host = False
+        self._counts = True
         self._phase = START
         self._pieces: list[_Piece] = []
         self._moments: list[Moment] = []
@@ -107,6 +113,8 @@ class Allocations(TorchDispatchMode):
             piece = self._pieces[index]
             if piece.kind in _UNSETTLED:
                 piece.kind, piece.name, piece.on_host = kind, name, on_host
+            elif piece.kind == kind and piece.name != name:
+                piece.others = (piece.others or set()) | {name}
 
     @contextmanager
     def within(self, origin: Origin) -> Iterator[None]:
@@ -131,6 +139,19 @@ class Allocations(TorchDispatchMode):
         self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))].kind = "activation"
         return tensor
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Ops in here are as if they were not there."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
+
+    def taken(self, nbytes: int, op: str) -> None:
+        """What a kernel that no dispatch mode sees takes while it runs."""
+        self._gone(self._add(self._piece(nbytes, op, *self._place(None))))
+
     def follow(self, module: nn.Module) -> list[Any]:
         """Know which submodule runs; gives the hooks' handles."""
         handles: list[Any] = []
@@ -147,7 +168,14 @@ class Allocations(TorchDispatchMode):
         """All that was found, on `device`, but what was labeled as `on_host`."""
         pieces = (
             Allocation(
-                each.kind, each.nbytes, host if each.on_host else device, each.name, each.module, each.op, each.source, each.stream
+                each.kind,
+                each.nbytes,
+                host if each.on_host else device,
+                each.named(),
+                each.module,
+                each.op,
+                each.source,
+                each.stream,
             )
             for each in self._pieces
         )
@@ -160,14 +188,14 @@ class Allocations(TorchDispatchMode):
     ) -> Any:
         if any(is_traceable_wrapper_subclass_type(each) for each in types):
             return NotImplemented  # a DTensor makes of it the ops on what this rank holds, which come here again
-        if func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
+        if not self._counts or func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
             return func(*args, **(kwargs or {}))  # of another mode is what DTensor tries to learn the whole's shape
         if func is _WAIT and self.skips_waiting:
             return args[0]  # which the fake op makes a copy of
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
         self._settle(node)
-        out = corrected(func, args, func(*args, **(kwargs or {})), self._on_cpu)
+        out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
         place = self._place(node)
         for each in _tensors(out):
             storage = each.untyped_storage()

@@ -14,24 +14,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
-from torch import nn
-from torch.distributed.tensor import _random, _sharding_prop
+from torch.distributed.tensor import DTensor, _random, _sharding_prop
 
 from ..planner.allocations import Timeline
 from ..planner.decisions import Decisions
 from ..planner.workload import Training
+from ..tracer.errors import DecisionError
 from .allocations import Allocations
 from .build import Build
+from .checkpointing import checkpoint_layers
+from .ddp_buckets import trained, with_buckets
 from .example_inputs import example_inputs
 from .fake_step import device_of, run_fake, step_module, with_implementation
 from .fake_world import fake_world
 from .fsdp_memory import fsdp_followed
 from .gloo_scratch import gloo_scratch_bytes
 from .parallel import apply_sharding, mesh_of
-from .training_step import checkpoint_layers
 
 _HOST = "cpu"
 
@@ -47,7 +47,7 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
     copied = sharding.offload and device != _HOST
     module = step_module(build, decisions)
     inputs = example_inputs(module, training)
-    training = with_implementation(training, _HOST if sharding.offload else device)
+    chosen = with_implementation(training, _HOST if sharding.offload else device)
 
     @contextmanager
     def around(found: Allocations) -> Iterator[None]:
@@ -55,11 +55,31 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
         with _propagation_apart(), fsdp_followed(found, module, copied):
             yield
 
+    if sharding.axis("shard") is None and sharding.axis("tensor") is None:
+        parameters = trained(module)
+        return with_buckets(run_fake(module, inputs, chosen, device), parameters, device)
     with fake_world(sharding.ranks, rank):
-        if training.checkpointing == "full":
-            checkpoint_layers(module)
+        if training.checkpointing != "none":
+            checkpoint_layers(module, training.checkpointing)
         apply_sharding(module, sharding, build.graph, mesh_of(sharding, _HOST))
-        return run_fake(module, inputs, replace(training, checkpointing="none"), device, copied, around)
+        if _is_mixed(module):
+            chosen = _one_by_one(training)
+        return run_fake(module, inputs, replace(chosen, checkpointing="none"), device, copied, around)
+
+
+def _is_mixed(module: nn.Module) -> bool:
+    """Whether some of the parameters are DTensors and others whole, as tensor parallelism alone leaves them."""
+    return len({isinstance(each, DTensor) for each in module.parameters() if each.requires_grad}) > 1
+
+
+def _one_by_one(training: Training) -> Training:
+    """The only implementation in which torch steps both: the others put all into one op, which refuses."""
+    if training.implementation not in (None, "for-loop"):
+        raise DecisionError(
+            f"implementation={training.implementation!r} steps all parameters in one op, and torch refuses one of DTensors and "
+            'whole tensors, which tensor parallelism leaves side by side; say implementation="for-loop"'
+        )
+    return replace(training, implementation="for-loop")
 
 
 @contextmanager

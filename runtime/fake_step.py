@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,13 +22,15 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.allocations import FIRST_OPTIMIZER, OPTIMIZER, Timeline
 from ..planner.decisions import Decisions, Move
-from ..planner.workload import Implementation, Training
+from ..planner.optimizers import OPTIMIZERS, Trained
+from ..planner.workload import Training
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
 from .build import Build
 from .example_inputs import example_inputs
 from .fake_tensors import fake_inputs, make_fake, tensors_of
 from .meta import forget, meta_module
+from .optimizers import on_fake_tensors
 from .training_step import run_training
 
 _HOST = "cpu"
@@ -85,11 +88,13 @@ def run_fake(
         handles = found.follow(module)
         try:
             with found:
-                run_training(module, faked, training, phase, optimizers.append)
+                stepping = functools.partial(on_fake_tensors, training, device != _HOST, found.uncounted, found.taken)
+                run_training(module, faked, training, phase, optimizers.append, stepping)
         finally:
             for handle in handles:
                 handle.remove()
-        _label_state(found, module, optimizers[0], offload, training.implementation == "fused")
+        for optimizer in optimizers:
+            _label_state(found, module, optimizer, offload, training.implementation == "fused")
     return found.timeline(device, _HOST)
 
 
@@ -105,8 +110,9 @@ def device_of(build: Build, decisions: Decisions) -> str:
 
 def with_implementation(training: Training, device: str) -> Training:
     """What torch takes on the plan's device, said in so many words, as the run is on the CPU."""
-    chosen: Implementation = "foreach" if device.startswith("cuda") else "for-loop"
-    return training if training.implementation is not None else replace(training, implementation=chosen)
+    if training.implementation is not None:
+        return training
+    return replace(training, implementation=OPTIMIZERS[training.optimizer].default([Trained(device, (), torch.float32)]))
 
 
 # -- what tensors are ---------------------------------------------------------------------------------------------------
@@ -125,15 +131,16 @@ def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> No
             found.label(parameter.grad, "gradient", name, on_host=offload)
 
 
-def _label_state(
-    found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool
-) -> None:
-    """Adam's step counts stay in host memory, unless its kernels are fused (torch/optim/adam.py `_init_group`)."""
+def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
+    """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`), and so does a learning rate."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
                 found.label(value, "optimizer state", names[id(parameter)], on_host=offload or (key == "step" and not fused))
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            found.label(group["lr"], "optimizer state", "the learning rate", on_host=True)
 
 
 # -- the surroundings of a run ------------------------------------------------------------------------------------------

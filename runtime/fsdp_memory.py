@@ -93,7 +93,8 @@ def _of_group(found: Allocations, copied: bool) -> Change:
     def change(own: Callable[..., Any]) -> Callable[..., Any]:
         def communicate(group: FSDPParamGroup, *args: Any, **kwargs: Any) -> Any:
             streams = {id(getattr(group.comm_ctx, f"{name}_stream", None)): name for name in _STREAMS}
-            origin = Origin("communication buffer", module=group._module_fqn or "", streams=streams)
+            unit = group._module_fqn or ""
+            origin = Origin("communication buffer", unit or "the module as a whole", unit, streams=streams)
             with found.within(origin), _Copies(found) if copied else nullcontext():
                 return own(group, *args, **kwargs)
 

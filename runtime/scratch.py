@@ -127,6 +127,23 @@ def _mean(args: Any, out: Any) -> int:
     return 8 + int(out.dtype.itemsize)
 
 
+_BLOCK, _BYTE_BLOCK = 60, 120
+
+
+def _transposed_copy(source: torch.Tensor, target: torch.Tensor) -> int:
+    """A block that a matrix is transposed by: aten/src/ATen/native/Copy.cpp `copy_transpose_valid`, `copy_same_type_transpose_`."""
+    same = source.dtype == target.dtype and source.shape == target.shape and source.dim() == 2
+    if not same or source.numel() < _BLOCK**2 or source.stride() != (1, source.shape[0]) or not target.is_contiguous():
+        return 0
+    side = _BYTE_BLOCK if source.dtype.itemsize == 1 else _BLOCK
+    return side * side * source.dtype.itemsize
+
+
+def _addmm(args: Any, out: Any) -> int:
+    """The summand is copied into the result first: LinearAlgebra.cpp `addmm_impl_cpu_`."""
+    return max(_gemm(args, out), _transposed_copy(args[0], out))
+
+
 def _gemm(args: Any, out: Any) -> int:
     """Copies of operands that are laid out neither by rows nor by columns: LinearAlgebra.cpp `addmm_impl_cpu_`."""
     return sum(_bytes(each) for each in args[-2:] if not _is_gemm_layout(each))
@@ -270,7 +287,9 @@ TABLE: Mapping[Any, Entry] = {
     aten.mean.dim: _mean,
     aten.mean.default: _mean,
     aten.mm.default: _gemm,
-    aten.addmm.default: _gemm,
+    aten.addmm.default: _addmm,
+    aten.clone.default: lambda args, out: _transposed_copy(args[0], out),
+    aten.copy_.default: lambda args, out: _transposed_copy(args[1], args[0]),
     aten.cumsum.default: _cumsum,
     aten.embedding.default: _made_contiguous(1),
     aten.embedding_dense_backward.default: _made_contiguous(0),

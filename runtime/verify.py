@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ..planner.allocations import FIRST_OPTIMIZER, FIRST_STEP, OPTIMIZER, STEP
+from ..planner.changes import Change
 from ..planner.memory import Memory
-from ..planner.rank_memory import Change
 from ..planner.verification import KERNELS, Check, Held, Part, RankChecks, attributed, built_at, predicted_at
 from ..planner.workload import Training
 from ..tracer.ambient import host_random_now, restore_host_random
@@ -154,7 +154,8 @@ def _train(
     if _is_saved(job, module, weights, notes):
         _save(job, module, recording, ranks)
     watch.label_all(module, inputs)
-    watch.label_state(module, optimizers.pop())
+    watch.label_state(module, optimizers)
+    optimizers.clear()
     # layers are checkpointed already, and the memory of the second run is that of the first
     _look(module, inputs, replace(job.training, checkpointing="none"), recording, watch, kind, job.sharded)
 
@@ -178,7 +179,7 @@ def _look(
     finally:
         for handle in handles:
             handle.remove()
-    watch.label_state(module, optimizers[0])
+    watch.label_state(module, optimizers)
     recording.span("")
 
 

@@ -6,7 +6,7 @@ The same records that a run on fake tensors leaves, made of a real one: where bo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,11 +59,12 @@ class Watched(Allocations):
             if parameter.grad is not None:
                 self.label(parameter.grad, "gradient", name)
 
-    def label_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Say what the optimizer holds."""
+    def label_state(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Say what the optimizers hold."""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        for parameter, entries in optimizer.state.items():
-            for value in entries.values():
+        entries = (pair for optimizer in optimizers for pair in optimizer.state.items())
+        for parameter, state in entries:
+            for value in state.values():
                 if isinstance(value, torch.Tensor):
                     self.label(value, "optimizer state", names[id(parameter)])
 

@@ -242,4 +242,5 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"autocast": torch.bfloat16},
     "checkpointing": {"checkpointing": "full"},
+    "selective": {"checkpointing": "selective"},
 }

@@ -26,7 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import groundplan as gp
 
 from . import jobs
-from .measured_steps import MODELS, measured_peaks, plain_kernels
+from .measured_steps import MODELS, Case, measured_peaks, plain_kernels
+from .plan_driven import mixtral
 
 _PAUSE = 0.01  # seconds
 BF16, F32 = torch.bfloat16, torch.float32
@@ -71,14 +72,15 @@ class RankCase:
         return count
 
     def __str__(self) -> str:
-        settings = (f"{key}={value}" for key, value in (*self.options.items(), *self.training.items()))
+        known = {key: "rules" if isinstance(value, dict) else value for key, value in (self.options | self.training).items()}
+        settings = (f"{key}={str(value).removeprefix('torch.')}" for key, value in known.items())
         return ", ".join([self.model, " x ".join(f"{name}={size}" for name, size in self.axes.items()), *settings])
 
     def plan(self) -> gp.Plan:
-        return gp.trace(MODELS[self.model].build).shard(self.axes, **self.options)
+        return gp.trace(MEASURED[self.model].build).shard(self.axes, **self.options)
 
     def workload(self) -> gp.Training:
-        return gp.Training(**{"inputs": MODELS[self.model].inputs, **self.training})
+        return gp.Training(**{"inputs": MEASURED[self.model].inputs, **self.training})
 
 
 MIXED = {"compute_dtype": BF16, "reduce_dtype": F32}
@@ -88,45 +90,78 @@ _LLAMA = {
     "model.layers.*.mlp.gate_proj": "colwise",
     "model.layers.*.mlp.up_proj": "colwise",
     "model.layers.*.mlp.down_proj": "rowwise",
+    "model.embed_tokens": "embedding_rowwise",
+    "lm_head": "colwise_gather_output",
 }
-_TRANSFORMER = {"*coder.layers.*.linear1": "colwise", "*coder.layers.*.linear2": "rowwise"}
-_VOCABULARY = {"model.embed_tokens": "embedding_rowwise", "lm_head": "colwise_gather_output"}
-QUICK = [RankCase("Llama", {"dp": 2}), RankCase("Llama", {"dp": 2}, MIXED), RankCase("BERT", {"dp": 2}), RankCase("nn.Transformer", {"dp": 2}), RankCase("ViT", {"dp": 2}, MIXED)]
-TRY = [
- RankCase("Llama", {"tp": 2}, {"tensor": "auto"}),
- RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA}),
- RankCase("Llama", {"tp": 2}, {"tensor": _LLAMA | _VOCABULARY}),
- RankCase("nn.Transformer", {"tp": 2}, {"tensor": _TRANSFORMER}),
- RankCase("Llama", {"dp": 2}, {"reshard": False}),
- RankCase("Llama", {"dp": 2}, {"compute_dtype": BF16}),
- RankCase("Llama", {"dp": 2}, {"offload": True}),
- RankCase("Llama", {"dp": 2}, MIXED, {"checkpointing": "full", "clip_grad_norm": 1.0}),
- RankCase("nn.Transformer", {"dp": 2}, {}, {"checkpointing": "full", "optimizer": "sgd-momentum"}),
- RankCase("Llama", {"dp": 2}, {}, {"implementation": "foreach"}),
- RankCase("Llama", {"dp": 2}, {}, {"implementation": "fused"}),
- RankCase("Llama", {"ddp": 2}),
+_BERT = {
+    "bert.encoder.layer.*.intermediate.dense": "colwise",
+    "bert.encoder.layer.*.output.dense": "rowwise",
+}
+_VIT = {"vit.layers.*.mlp.fc1": "colwise", "vit.layers.*.mlp.fc2": "rowwise"}
+RULES: dict[str, dict[str, str]] = {
+    "Llama": _LLAMA,
+    "BERT": _BERT,
+    "ViT": _VIT,
+    "nn.Transformer": {"*coder.layers.*.linear1": "colwise", "*coder.layers.*.linear2": "rowwise"},
+}
+FOUR = tuple(RULES)
+
+
+def _case(model: str, axes: dict[str, int], training: dict[str, Any] | None = None, **options: Any) -> RankCase:
+    rules = {"tensor": RULES[model]} if "tp" in axes and "tensor" not in options else {}
+    return RankCase(model, axes, rules | options, training or {})
+
+
+SHORT = [
+    _case("Llama", {"dp": 2}, {"clip_grad_norm": 1.0, "checkpointing": "full"}, **MIXED),
+    _case("nn.Transformer", {"dp": 2}),
+    _case("Llama", {"tp": 2}, tensor="auto"),
+    _case("Llama", {"ddp": 2}),
+    _case("BERT", {"dp": 4}, **MIXED),
+    _case("Llama", {"dp": 2, "tp": 2}, {"clip_grad_norm": 1.0}),
 ]
-TP = [c for c in TRY if "tp" in c.axes]
-TRY4 = [
- RankCase("Llama", {"dp": 4}), RankCase("Llama", {"dp": 4}, MIXED), RankCase("ViT", {"dp": 4}), RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}, MIXED),
- RankCase("Llama", {"dp_replicate": 2, "dp_shard": 2}),
- RankCase("Llama", {"dp": 4}, {"reshard": 2}), RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": _LLAMA}),RankCase("Llama", {"dp": 2, "tp": 2}, {"tensor": "auto", **MIXED}),
- RankCase("nn.Transformer", {"dp": 2, "tp": 2}, {"tensor": _TRANSFORMER}),
- RankCase("Llama", {"dp_replicate":2, "dp_shard": 1, "tp": 2}, {"tensor": _LLAMA}),
+"""Those that run by default."""
+
+_PAIR, _HYBRID = {"dp": 2, "tp": 2}, {"dp_replicate": 2, "dp_shard": 2}
+LONG = [
+    *(_case(model, {"dp": size}, **mixed) for size in (2, 4) for model in FOUR for mixed in ({}, MIXED)),
+    *(_case(model, {"tp": 2}) for model in FOUR),
+    *(_case(model, axes, **mixed) for axes in (_PAIR, _HYBRID) for model in ("Llama", "nn.Transformer") for mixed in ({}, MIXED)),
+    *(_case("Llama", {"dp": 2}, {"optimizer": name}) for name in ("sgd", "sgd-momentum", "adafactor", "muon")),
+    *(_case("Llama", {"dp": 2}, {"implementation": name}) for name in ("foreach", "fused")),
+    *(_case("Llama", {"dp": 2}, {"checkpointing": name}, **MIXED) for name in ("full", "selective")),
+    _case("nn.Transformer", {"dp": 2}, {"checkpointing": "full"}),
+    _case("Llama", {"dp": 2}, {"accumulate": 2}, **MIXED),
+    _case("Llama", {"dp": 2}, {"autocast": BF16}),
+    _case("Llama", {"dp": 2}, reshard=False),
+    _case("Llama", {"dp": 4}, reshard=2),
+    _case("Llama", {"dp": 2}, compute_dtype=BF16),
+    _case("Llama", {"dp": 2}, offload=True),
+    _case("Llama", {"tp": 2}, {"clip_grad_norm": 1.0}),
+    _case("Llama", {"tp": 2}, {"checkpointing": "full"}),
+    _case("Llama", {"dp_replicate": 2, "dp_shard": 1, "tp": 2}),
+    *(_case("Mixtral", axes, tensor="auto") for axes in ({"tp": 2}, _PAIR)),
+    _case("Mixtral", {"dp": 2}),
+    *(_case(model, {"ddp": 2}) for model in FOUR),
 ]
-SETS = {"quick": QUICK, "try": TRY, "tp": TP, "try4": TRY4}
+SETS = {"short": SHORT, "long": LONG}
+
+
+MEASURED = MODELS | {"Mixtral": Case(mixtral, MODELS["Llama"].inputs)}
 
 
 def compared(case: RankCase) -> Found:
     """The bytes of each phase of this rank's real steps, and of fake ones."""
     try:
         plan, training = case.plan(), case.workload()
+        mesh = init_device_mesh("cpu", tuple(case.axes.values()), mesh_dim_names=tuple(case.axes))
         with plain_kernels():
-            from groundplan.runtime.fake_ranks import fake_rank_step
-            run = fake_rank_step(plan._bound, plan.decisions, training, dist.get_rank())
+            run = plan.memory(training, tier="T1").rank(dist.get_rank()).run
+            assert run is not None
             with works_given_back():
-                real = measured_peaks(plan, training, mesh=init_device_mesh("cpu", tuple(case.axes.values()), mesh_dim_names=tuple(case.axes)))
-        return {"case": str(case), "fake": {phase: devices["cpu"] for phase, devices in run.peaks.items()}, "real": real}
+                real = measured_peaks(plan, training, mesh=mesh)
+        fake = {phase: devices["cpu"] for phase, devices in run.peaks.items()}
+        return {"case": str(case), "fake": fake, "real": real}
     except Exception:
         return {"case": str(case), "error": traceback.format_exc()}
 
