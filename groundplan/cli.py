@@ -152,7 +152,7 @@ def verify(
     device: DeviceOption = None,
     train: Annotated[
         str | None,
-        typer.Option(metavar="OPTIMIZER", help=f"Train it with this optimizer: {', '.join(COPIES)}; else build it only."),
+        typer.Option(metavar="OPTIMIZER", help=f"Train it with this optimizer: {', '.join(OPTIMIZERS)}; else build it only."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 1,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample, where the model takes sequences.")] = None,

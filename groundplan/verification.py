@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,7 +209,7 @@ def verified(
 
     job = Job(
         build=lambda: plan.materialize(seed, checkpoint, progress=False, mesh=mesh, timeout=timeout),
-        save=plan.save_checkpoint,
+        save=partial(plan.save_checkpoint, format="dcp" if decisions.sharding is not None else "safetensors"),
         training=workload,
         steps=steps,
         loads=checkpoint is not None,

@@ -35,8 +35,8 @@ def run_training(
 
     The first step makes the optimizer's state, so only the second is like all later ones. Outputs are let go once there is a
     loss, the loss after the backward, gradients after the optimizer; the micro-batches of a step add to the same gradients.
-    `made` gets the optimizer, or each of two; they step within `around_step()`. `steps` beyond two are like the second; `device` is
-    the type of device that autocast is for.
+    `made` gets the optimizer, or each of two; they step within `around_step()`. `steps` beyond two are like the second;
+    `device` is the type of device that autocast is for.
     """
     module.train()
     if training.checkpointing != "none":

@@ -102,7 +102,7 @@ def _of_this_rank(job: Job, predicted: Predicted, ranks: Ranks) -> tuple[RankChe
     _check_cuda(devices)
     recording, watch = Recording(devices), Watched()
     notes: list[str] = []
-    with recording.recorded():
+    with _works_given_back(devices, ranks), recording.recorded():
         recording.span("load" if job.loads else "construct")
         module = job.build()
         recording.span("")
@@ -114,6 +114,14 @@ def _of_this_rank(job: Job, predicted: Predicted, ranks: Ranks) -> tuple[RankChe
             _save(job, module, recording, ranks)
     found = _Found(recording, watch, module, finished, predicted)
     return RankChecks(ranks.rank, _machine(devices), tuple(found.checks(devices)), tuple(notes)), module
+
+
+def _works_given_back(devices: Sequence[str], ranks: Ranks) -> AbstractContextManager[None]:
+    if ranks.count == 1 or devices != [HOST]:
+        return nullcontext()
+    from .gloo_works import works_given_back
+
+    return works_given_back()
 
 
 def _check_cuda(devices: Sequence[str]) -> None:
@@ -149,7 +157,7 @@ def _train(
     inputs = real_inputs(module, job.training, device)
     kind = device.partition(":")[0]
     optimizers: list[torch.optim.Optimizer] = []
-    run_training(module, inputs, job.training, recording.span, optimizers.append, job.steps, kind)
+    run_training(module, inputs, job.training, recording.span, optimizers.append, steps=job.steps, device=kind)
     recording.span("")
     if _is_saved(job, module, weights, notes):
         _save(job, module, recording, ranks)
@@ -175,7 +183,7 @@ def _look(
     followed = _fsdp_followed(watch, module) if sharded else nullcontext()
     try:
         with followed, watch:
-            run_training(module, inputs, training, phase, optimizers.append, 2, kind)
+            run_training(module, inputs, training, phase, optimizers.append, device=kind)
     finally:
         for handle in handles:
             handle.remove()

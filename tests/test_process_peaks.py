@@ -64,9 +64,10 @@ class Orthogonal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(4))
-        for layer in self.layers:
+        layers = [nn.Linear(512, 512, bias=False) for _ in range(4)]
+        for layer in layers:
             nn.init.orthogonal_(layer.weight)
+        self.layers = nn.ModuleList(layers)
 
 
 def test_what_a_constructor_drops_is_counted_while_values_need_it() -> None:

@@ -226,6 +226,8 @@ def test_ranks_verify_together(tmp_path: Path) -> None:
         assert list(checks) == ["construct", *STEPS, "checkpoint"]
         for check in checks.values():
             assert sum(part["difference"] for part in check["parts"]) == check["difference"]
+        for phase in STEPS:
+            assert checks[phase]["tier"] == "T1" and abs(checks[phase]["percent"]) < 2, checks[phase]
         kinds = {part["name"]: part["measured"] for part in checks["step"]["parts"]}
         assert kinds["gathered parameter"] >= (256 * 256 + 256) * 4 and "communication buffer" in kinds
         assert 0 <= checks["construct"]["difference"] < 100_000

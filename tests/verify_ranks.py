@@ -33,7 +33,7 @@ class Deep(nn.Module):
 
 def failing() -> str:
     """What a rank says where the constructor fails on the second one, when it runs for real."""
-    plan = gp.trace(lambda: fail_on_second() or Deep()).shard({"dp": 2})
+    plan = gp.trace(deep_or_not).shard({"dp": 2})
     allowed[0] = False
     try:
         plan.verify(seed=1)
@@ -45,9 +45,10 @@ def failing() -> str:
 allowed = [True]
 
 
-def fail_on_second() -> None:
+def deep_or_not() -> nn.Module:
     if dist.get_rank() == 1 and not allowed[0]:
         raise ValueError("no")
+    return Deep()
 
 
 def main(folder: Path) -> None:
