@@ -197,7 +197,8 @@ def verified(
     timeout: float | None,
 ) -> Verification:
     """The verb behind `Plan.verify`."""
-    from .runtime.verify import Job, Predicted, verify
+    from .runtime.phase_checks import Predicted
+    from .runtime.verify import Job, verify
 
     _check(plan, workload, steps)
     decisions, notes = plan.decisions, list[str]()
@@ -215,6 +216,7 @@ def verified(
         loads=checkpoint is not None,
         saving=False if decisions.placing is not None or decisions.quantizing else saving,
         sharded=decisions.sharding is not None,
+        devices=tuple(plan.memory(workload).devices),
     )
     ranks, module = verify(job, predicted, timeout)
     return Verification(

@@ -27,6 +27,7 @@ A training step without memory: `fake_step` is that verb, run when `plan.memory(
 
 The same for real, held against what was predicted: `verify` is that verb, run when `plan.verify()` is asked for:
 
+* `phase_checks`: what is measured beside what is predicted, and what the difference is;
 * `recording`: spans of the run and what each took; `memory_events`, `process_peak`: where that is read;
 * `watched`: a real step looked at op by op, and which of its pieces of memory are there at a peak.
 

@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,35 +23,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ..planner.allocations import FIRST_OPTIMIZER, FIRST_STEP, OPTIMIZER, STEP
-from ..planner.changes import Change
-from ..planner.memory import Memory
-from ..planner.verification import KERNELS, Check, Held, Part, RankChecks, attributed, built_at, predicted_at
+from ..planner.verification import RankChecks
 from ..planner.workload import Training
 from ..tracer.ambient import host_random_now, restore_host_random
 from ..tracer.errors import DecisionError
 from ..tracer.streams import generators_kept
 from .example_inputs import example_inputs
-from .memory_events import lifetimes
+from .phase_checks import PhaseChecks, Predicted
 from .ranks import Ranks, together
-from .recording import HOST, Recording, Span
+from .recording import HOST, Recording
 from .training_step import run_training
-from .watched import Watched, built, held_at
+from .watched import Watched
 
 SAVED_AT_MOST = 4 * 10**9
 """Bytes of weights above which a checkpoint is written only when asked for: it goes to a disk, and comes back to nobody."""
 
-_BUILDING = ("construct", "load")
 _SAVING = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What is held against: T0's memory of this rank with its timelines, and T1's where the step could be run."""
-
-    closed_form: Memory
-    timelines: dict[str, list[Change]]
-    run: Memory | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +52,7 @@ class Job:
     loads: bool
     saving: bool | None
     sharded: bool
+    devices: tuple[str, ...]
 
 
 def verify(job: Job, predicted: Callable[[int], Predicted], timeout: float | None = None) -> tuple[list[RankChecks], Any]:
@@ -73,8 +62,9 @@ def verify(job: Job, predicted: Callable[[int], Predicted], timeout: float | Non
     process's own record of resident memory start anew. Raises what building or a step raises, and `RanksError` where another rank
     fails.
     """
+    where = _where(job)
     with _states_kept(), together("world" if job.sharded else None, timeout) as ranks:
-        mine, module = _of_this_rank(job, predicted(ranks.rank), ranks)
+        mine, module = _of_this_rank(job, predicted(ranks.rank), ranks, where)
         return _of_all(mine, ranks), module
 
 
@@ -97,9 +87,8 @@ def _of_all(mine: RankChecks, ranks: Ranks) -> list[RankChecks]:
     return found
 
 
-def _of_this_rank(job: Job, predicted: Predicted, ranks: Ranks) -> tuple[RankChecks, Any]:
-    devices = sorted({device for found in predicted.closed_form.by_device.values() for device in found})
-    _check_cuda(devices)
+def _of_this_rank(job: Job, predicted: Predicted, ranks: Ranks, where: Mapping[str, str]) -> tuple[RankChecks, Any]:
+    devices = tuple(where.values())
     recording, watch = Recording(devices), Watched()
     notes: list[str] = []
     with _works_given_back(devices, ranks), recording.recorded():
@@ -112,24 +101,31 @@ def _of_this_rank(job: Job, predicted: Predicted, ranks: Ranks) -> tuple[RankChe
             _train(job, module, weights, devices, recording, watch, ranks, notes)
         elif _is_saved(job, module, weights, notes):
             _save(job, module, recording, ranks)
-    found = _Found(recording, watch, module, finished, predicted)
-    return RankChecks(ranks.rank, _machine(devices), tuple(found.checks(devices)), tuple(notes)), module
+    found = PhaseChecks(recording, watch, module, finished, predicted, where)
+    return RankChecks(ranks.rank, _machine(devices), tuple(found), tuple(notes)), module
 
 
 def _works_given_back(devices: Sequence[str], ranks: Ranks) -> AbstractContextManager[None]:
-    if ranks.count == 1 or devices != [HOST]:
+    if ranks.count == 1 or tuple(devices) != (HOST,):
         return nullcontext()
     from .gloo_works import works_given_back
 
     return works_given_back()
 
 
-def _check_cuda(devices: Sequence[str]) -> None:
-    for device in devices:
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise DecisionError(
-                f"the plan puts tensors on {device}, and torch finds no CUDA device here; verify it where there is"
-            )
+def _where(job: Job) -> dict[str, str]:
+    """The device here for each that the prediction names: every rank has its own, which the prediction calls the first."""
+    if all(device == HOST for device in job.devices):
+        return dict.fromkeys(job.devices, HOST)
+    if not torch.cuda.is_available():
+        raise DecisionError(
+            f"the plan puts tensors on {', '.join(job.devices)}, and torch finds no CUDA device here; verify it on one"
+        )
+    if job.sharded and not torch.cuda.is_initialized() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # as init_device_mesh does, but before anything is measured
+    torch.cuda.init()
+    own = f"cuda:{torch.cuda.current_device()}"
+    return {device: own if job.sharded and device != HOST else device for device in job.devices}
 
 
 def _machine(devices: Sequence[str]) -> str:
@@ -243,96 +239,3 @@ def _save(job: Job, module: nn.Module, recording: Recording, ranks: Ranks) -> No
         recording.span("")
         if ranks.count > 1:
             dist.barrier()  # the folder goes with the first rank
-
-
-# -- the checks ---------------------------------------------------------------------------------------------------------
-
-
-class _Found:
-    """What was recorded, turned into checks."""
-
-    def __init__(self, recording: Recording, watch: Watched, module: Any, finished: int, predicted: Predicted) -> None:
-        self._recording, self._predicted = recording, predicted
-        self._spans = lifetimes(recording.events)
-        self._known = watch.pieces(self._spans)
-        self._module, self._finished = module, finished
-
-    def checks(self, devices: Sequence[str]) -> Iterator[Check]:
-        """One for each phase that was run and each device that it is predicted to use."""
-        for phase in self._predicted.closed_form.by_device:
-            spans = [span for span in self._recording.spans if not span.watched and span.name in _names_of(phase)]
-            for device in devices:
-                if spans and self._prediction(self._predicted.closed_form, phase, device):
-                    yield self._check(phase, device, spans)
-
-    def _prediction(self, memory: Memory, phase: str, device: str) -> int:
-        return memory.by_device[phase].get(device, 0)
-
-    def _check(self, phase: str, device: str, spans: Sequence[Span]) -> Check:
-        repeats = tuple(self._recording.measured(span, device) for span in spans)
-        span = spans[repeats.index(max(repeats))]
-        run = self._predicted.run
-        closed_form = self._prediction(self._predicted.closed_form, phase, device)
-        of_run = (
-            None if run is None or run.run is None or span.name not in run.run.peaks else self._prediction(run, phase, device)
-        )
-        found = Check(phase, device, closed_form, of_run, max(repeats), repeats, (), 0, {})
-        whole, beyond, taken = self._beyond(span, device, max(repeats))
-        found = replace(found, parts=self._parts(found, span), whole=whole, beyond=beyond, taken=taken)
-        replayed = None if run is None or of_run is None else run.reserved.get(phase, {}).get(device)
-        reserved = max((each.counters[device].reserved for each in spans), default=0) if device in span.counters else None
-        return replace(found, replayed=None if replayed is None else replayed.reserved, reserved=reserved)
-
-    def _beyond(self, span: Span, device: str, measured: int) -> tuple[int, dict[str, int], int]:
-        """What there is besides: of the device, or of the process since it began to build."""
-        if device in span.counters:
-            counters = span.counters[device]
-            kept = {"allocator's cache": counters.reserved - measured, "CUDA context, libraries, other processes": counters.taken}
-            return counters.reserved + counters.taken, kept, counters.taken
-        grown = span.resident - self._recording.before
-        return grown, {"process beyond tensors": grown - measured}, self._recording.before
-
-    def _parts(self, check: Check, span: Span) -> tuple[Part, ...]:
-        if check.phase in _BUILDING and check.device in span.peaks:
-            guess = built_at(self._predicted.timelines[check.phase], check.device)
-            return attributed(guess, built(span.peaks[check.device], self._module, self._spans, self._finished), check.difference)
-        looked = next((each for each in self._recording.spans if each.watched and each.name == span.name), span)
-        if check.device not in looked.peaks:
-            return attributed([], [], check.difference)
-        real = held_at(looked.peaks[check.device], self._known, KERNELS if looked.watched else "temporary")
-        if check.run is None:
-            real = [_counted(each, self._predicted.closed_form) for each in real]
-        return attributed(self._guess(check, span), real, check.difference)
-
-    def _guess(self, check: Check, span: Span) -> list[Held]:
-        """What was predicted, by kind; the closed form says no more than how much it is of all that it counts."""
-        run = self._predicted.run
-        if check.run is not None and run is not None and run.run is not None:
-            return predicted_at(run.run, _worse_of(run, span.name, check), check.device)
-        return [Held(_COUNTED, "closed form", check.closed_form, check.closed_form)]
-
-
-_COUNTED = "counted by the closed form"
-
-
-def _counted(each: Held, memory: Memory) -> Held:
-    """The same, with the closed form's own kind where that counts it."""
-    if each.kind == KERNELS or ("activations" in memory.left_out and each.kind not in _KEPT):
-        return each
-    return replace(each, kind=_COUNTED, what="closed form")
-
-
-_KEPT = ("parameter", "buffer", "gradient", "optimizer state")
-
-
-def _worse_of(run: Memory, name: str, check: Check) -> str:
-    """The phase of the run whose peak was compared: of the two in the optimizer the one that takes more."""
-    if check.phase != OPTIMIZER or run.run is None:
-        return name
-    peaks = run.run.peaks
-    return max((FIRST_OPTIMIZER, OPTIMIZER), key=lambda each: peaks[each].get(check.device, 0))
-
-
-def _names_of(phase: str) -> tuple[str, ...]:
-    """The spans of a phase: both the first and the later calls of the optimizer are `optimizer`."""
-    return {OPTIMIZER: (FIRST_OPTIMIZER, OPTIMIZER), STEP: (STEP,), FIRST_STEP: (FIRST_STEP,)}.get(phase, (phase,))
