@@ -102,6 +102,8 @@ class Plan:
         >>> trace(torch.nn.Linear, 3, 4).report(cluster="64GB-cpu").verdict.verdict
         'fits'
         """
+        if calibration is not None and cluster is None:
+            raise DecisionError("calibration= is for saying whether it fits; say what: report(cluster=..., calibration=...)")
         found = self.memory(workload, tier=tier, allocator=allocator, cluster=cluster)
         return Report(
             self.graph, self.decisions, found, None if cluster is None else found.fits(cluster, calibration=calibration)

@@ -189,6 +189,8 @@ def test_report_by_a_calibration(groundplan: Runner) -> None:
     assert "calibrated on cpu" in re.sub(r"\s+", " ", shown) and "calibrated by 1 verification" in re.sub(r"\s+", " ", shown)
     other = groundplan("report", *words, "--cluster", "H100", "--calibration", "cpu.json")
     assert other.code == 1 and other.out == "" and "the calibration is of cpu" in other.err
+    alone = groundplan("report", *words, "--calibration", "cpu.json")
+    assert alone.code == 1 and "calibration= is for saying whether it fits" in alone.err
     missing = groundplan("report", *words, "--cluster", "64GB-cpu", "--calibration", "none.json")
     assert missing.code == 1 and "cannot read the calibration none.json" in missing.err
 
