@@ -26,6 +26,7 @@ from . import lightning
 from .explain import Explanation
 from .in_place import deepspeed_zero3, materialize, param_init_fn
 from .plan import Plan, trace
+from .planner.calibration import Calibration
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
 from .planner.memory import Memory
@@ -33,6 +34,7 @@ from .planner.verdict import Verdict
 from .planner.workload import Training
 from .report import Report
 from .tracer.errors import (
+    CalibrationError,
     CheckpointError,
     DecisionError,
     GraphError,
@@ -47,6 +49,7 @@ from .tracer.errors import (
     UnknownNameError,
 )
 from .tracer.graph import ParamGraph
+from .verification import Verification
 
 __version__ = groundplan_version()
 
@@ -63,6 +66,8 @@ __all__ = [
     "Cluster",
     "Memory",
     "Verdict",
+    "Verification",
+    "Calibration",
     "Report",
     "Explanation",
     "GroundplanError",
@@ -76,5 +81,6 @@ __all__ = [
     "RanksError",
     "CheckpointError",
     "MemoryRunError",
+    "CalibrationError",
     "SpecError",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `groundplan report | materialize | explain SPEC`, `groundplan doctor`.
+"""The command line: `groundplan report | materialize | explain | verify SPEC`, `groundplan doctor`.
 
 Errors that groundplan raises on purpose, and those of the user's constructor, end as one message on stderr and exit code 1.
 With `--json` stdout holds one JSON object and nothing else; what the constructor prints goes to stderr.
@@ -105,6 +105,9 @@ def report(
             help="Say whether it fits: 8xH100-80GB, 1x24GB+64GB-cpu, ... or a .json file. Moves to cuda, if it has devices.",
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What `verify --calibration` measured on such devices, for --cluster.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it as one page for a browser, too; the page loads nothing.")
     ] = None,
@@ -129,7 +132,7 @@ def report(
     with _session(spec, kwargs) as parsed:
         plan = _plan(parsed, dtype, device)
         plan = plan if sharded is None else sharded.of(plan)
-        found = plan.report(workload, machine, tier=chosen, allocator=allocator)
+        found = plan.report(workload, machine, tier=chosen, allocator=allocator, calibration=calibration)
     for write, path in ((found.to_html, html), (found.to_svg, svg), (found.to_png, png)):
         if path is not None:
             _write(write, path)
@@ -158,6 +161,43 @@ def explain(
     with _session(spec, kwargs) as parsed:
         text = str(_plan(parsed, dtype, device).explain(name))
     typer.echo(text)
+
+
+# -- verify -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(
+    spec: SpecArgument,
+    kwargs: KwargsOption = "{}",
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="OPTIMIZER", help=f"Train it with this optimizer: {', '.join(OPTIMIZERS)}; else build it only."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 1,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample, where the model takes sequences.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps that are measured.")] = 3,
+    seed: Annotated[int, typer.Option(help="As torch.manual_seed(SEED) before the constructor.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="PATH", help="Load it from there.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add what was measured to this file, for `report --calibration`.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build it, and train it for some steps, for real: predicted against measured memory, and what the difference is."""
+    workload = gp.Training(optimizer=train, batch_size=batch_size, seq_len=seq_len) if train else None
+    with _session(spec, kwargs) as parsed:
+        plan = _plan(parsed, dtype, device)
+        _check_main_memory(plan.memory(workload))
+        found = plan.verify(workload, steps=steps, seed=seed, checkpoint=checkpoint)
+    if calibration is not None:
+        found.save_calibration(calibration)
+    if as_json:
+        _print_json({"spec": parsed.name, **found.to_json()})
+    else:
+        typer.echo(str(found))
 
 
 # -- doctor -------------------------------------------------------------------------------------------------------------
@@ -223,15 +263,19 @@ def materialize(
 
 def _check_room(plan: gp.Plan, out: Path) -> None:
     """Refuse what this machine cannot hold, before the system ends the process half-way."""
-    needed, size = plan.memory().by_device["construct"].get("cpu", 0), sum(plan.report().sizes[1].values())
-    memory, disk = _main_memory(), shutil.disk_usage(out).free
+    size, disk = sum(plan.report().sizes[1].values()), shutil.disk_usage(out).free
+    _check_main_memory(plan.memory())
+    if size > disk:
+        raise MaterializeError(f"the file takes {human_bytes(size)}, and {out} has {human_bytes(disk)} left")
+
+
+def _check_main_memory(needs: gp.Memory) -> None:
+    needed, memory = max(found.get("cpu", 0) for found in needs.by_device.values()), _main_memory()
     if memory is not None and needed > memory:
         raise MaterializeError(
             f"building it takes {human_bytes(needed)} of main memory, and this machine has {human_bytes(memory)}: cast it with "
             "--dtype, or build some tensors only, in Python, with plan.materialize_state(names)"
         )
-    if size > disk:
-        raise MaterializeError(f"the file takes {human_bytes(size)}, and {out} has {human_bytes(disk)} left")
 
 
 def _main_memory() -> int | None:

@@ -12,6 +12,7 @@ import torch
 
 from .explain import Explanation, explain
 from .planner.allocator_config import AllocatorConfig
+from .planner.calibration import Calibration
 from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
@@ -38,6 +39,8 @@ from .tracer.graph import ParamGraph
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from .verification import Verification
 
 
 def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
@@ -85,13 +88,14 @@ class Plan:
         workload: Training | None = None,
         cluster: Cluster | str | None = None,
         *,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
         tier: Tier = "T0",
         allocator: AllocatorConfig | str | None = None,
     ) -> Report:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
         With a `workload` the memory is that of training, with a `cluster` it says as well whether that fits (`Memory.fits`).
-        `tier` and `allocator` are as in `memory`, and raise the same.
+        `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
@@ -99,8 +103,12 @@ class Plan:
         >>> trace(torch.nn.Linear, 3, 4).report(cluster="64GB-cpu").verdict.verdict
         'fits'
         """
+        if calibration is not None and cluster is None:
+            raise DecisionError("calibration= is for saying whether it fits; say what: report(cluster=..., calibration=...)")
         found = self.memory(workload, tier=tier, allocator=allocator, cluster=cluster)
-        return Report(self.graph, self.decisions, found, None if cluster is None else found.fits(cluster))
+        return Report(
+            self.graph, self.decisions, found, None if cluster is None else found.fits(cluster, calibration=calibration)
+        )
 
     def explain(self, name: str | None = None) -> Explanation:
         """One tensor's recipe with its source lines; without a name, every decision with its reason.
@@ -496,6 +504,39 @@ class Plan:
 
         options = Options(None, rng, uninitialized, threads)
         save_checkpoint(self._bound, self.decisions, source, path, max_shard_size, format, options)
+
+    def verify(
+        self,
+        workload: Training | None = None,
+        *,
+        steps: int = 3,
+        seed: int | None = None,
+        checkpoint: Source | None = None,
+        saving: bool | None = None,
+        keep: bool = False,
+        mesh: DeviceMesh | None = None,
+        timeout: float | None = None,
+    ) -> Verification:
+        """Build the plan for real, train it for `steps` steps, and say what every phase took beside what was predicted.
+
+        The module is built as by `materialize(seed, checkpoint)` and, with a `workload`, takes its steps. On CUDA the peaks are
+        the caching allocator's own counts, on the CPU those of torch.profiler's memory events. Two more steps are looked at op by
+        op: they say which kinds of memory and which tensors the difference consists of. A checkpoint of the module is written to
+        a temporary folder, and removed, where that is cheap (4 GB) or with `saving=True`. With `keep` the module, as the steps
+        left it, is the verification's `module`; else it is dropped.
+
+        Every rank of a sharded plan makes the same call and measures itself; all of them get all figures. Random generators are
+        as they were afterwards; CUDA's peak counters and the process's own record of resident memory (VmHWM) start anew.
+
+        Raises `DecisionError` for steps below 2 and for training a plan that places or quantizes; what `materialize` raises.
+
+        >>> found = trace(torch.nn.Linear, 300, 400).verify(Training("sgd", batch_size=2, implementation="for-loop"))
+        >>> found.check("step").difference
+        0
+        """
+        from .verification import verified
+
+        return verified(self, workload, steps, seed, checkpoint, saving, keep, mesh, timeout)
 
     @property
     def _bound(self) -> Build:

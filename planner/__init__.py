@@ -11,7 +11,8 @@
   (its parts: `allocator_blocks`, `allocator_driver`, `allocator_expandable`; recorded histories: `allocator_snapshot`);
 * `reserved`: the same of `memory`'s phases; `overheads`: what a process holds beside its tensors;
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
-* `verdict`: whether they fit a cluster;
+* `verdict`: whether they fit a cluster; `process`: what a process holds in host memory besides;
+* `verification`: what each phase took for real beside that; `calibration`: verifications kept, which `calibrated` rooms go by;
 * `allocations`: what a training step allocates and releases, as a run of it without memory found;
 * `rank_runs`: one such run for each class of ranks;
 * `records`: what all that is saved is made of.

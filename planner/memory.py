@@ -6,6 +6,7 @@ running sum, and the tensors that make the peak are those resident at that momen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from ..tracer.graph import ParamGraph
 from .activity import trained
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .allocator_events import Usage
+from .calibration import Calibration
 from .changes import HOST, Change
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
@@ -139,19 +141,31 @@ class Memory:
             return series_of_run(self.run, device, held) if self.run.moments else None
         return series_of_changes(self.changes, device) if any(self.changes.values()) else None
 
-    def fits(self, cluster: Cluster | str, margin: float | None = None) -> Verdict:
+    def fits(
+        self,
+        cluster: Cluster | str,
+        margin: float | None = None,
+        *,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
+    ) -> Verdict:
         """Whether this fits a cluster, a `gp.Cluster` or a string such as `"8xH100-80GB"`: "fits", "tight" or "does not fit".
 
         Besides the tensors there are the CUDA context, workspaces and communicators, which the verdict names, and `margin`, a
         share of all that (0.2 if None). "fits" leaves the margin free; "tight" has room for what is needed, but not for the
-        margin, or the prediction leaves something out. As a condition, the verdict is true for "fits" only. Raises
-        `DecisionError` where the cluster cannot be, or has fewer devices than the plan uses.
+        margin, or the prediction leaves something out. As a condition, the verdict is true for "fits" only.
+
+        With a `calibration`, or the path of one (`verification.save_calibration(path)`), what was measured takes the place of the
+        named constants, and its error bar that of the margin, which stays for what was not measured.
+
+        Raises `DecisionError` where the cluster cannot be, or has fewer devices than the plan uses; `CalibrationError` for a
+        calibration of another kind of device or version of torch.
 
         >>> memory = Memory({"load": {"cuda:0": 16 * 10**9}}, Binding("load", "cuda:0", 16 * 10**9, ()), ())
         >>> memory.fits("24GB").verdict, memory.fits("20GB").verdict, memory.fits("16GB").verdict
         ('fits', 'tight', 'does not fit')
         """
-        return verdict(self, cluster_of(cluster), MARGIN if margin is None else margin)
+        known = calibration if calibration is None or isinstance(calibration, Calibration) else Calibration.load(calibration)
+        return verdict(self, cluster_of(cluster), MARGIN if margin is None else margin, known)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data; all sizes in bytes."""

@@ -7,17 +7,20 @@ margin covers what the closed form cannot know, and where the prediction leaves 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..tracer.errors import DecisionError
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER
 from .allocator_driver import Device
 from .allocator_events import Usage
+from .calibrated import calibrated, check_calibration, is_for, outside_measured
+from .calibration import Calibration, Correction
 from .changes import HOST
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
 from .replayed_run import replay_run
+from .tiers import Tier
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -43,7 +46,8 @@ class Room:
 
     `tensors` is the peak of `phase`; `added` is what comes on top of it, by name; `margin` is kept free besides for "fits".
     Where it is known what the caching allocator reserves, that counts, and what it takes beyond the tensors is among `added`. If
-    that is more than there is, the allocator frees what it has cached, as often as `retries` says.
+    that is more than there is, the allocator frees what it has cached, as often as `retries` says. `calibrated` is what a
+    calibration says of the phase; the margin is then its error bar.
     """
 
     place: str
@@ -54,6 +58,7 @@ class Room:
     usable: int
     left_out: tuple[str, ...] = ()
     retries: int = 0
+    calibrated: Correction | None = None
 
     @property
     def needed(self) -> int:
@@ -86,7 +91,12 @@ class Room:
         of = f"{human_bytes(self.needed)} of {human_bytes(self.usable)}"
         parts = f"{human_bytes(self.tensors)} in {self.phase}{added}"
         freed = f"; cached memory is freed {_times(self.retries)} for want of more" if self.retries else ""
-        return f"{self.place}: {self.verdict}, {of} ({parts}); {left}, {self.percent:.1f} %{freed}"
+        bar = (
+            ""
+            if self.calibrated is None
+            else f"; calibrated by {_verifications(self.calibrated)}, error {self.calibrated.error:.1%}"
+        )
+        return f"{self.place}: {self.verdict}, {of} ({parts}); {left}, {self.percent:.1f} %{freed}{bar}"
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -102,7 +112,12 @@ class Room:
             "left": self.left,
             "percent": round(self.percent, 2),
             "retries": self.retries,
+            "calibrated": None if self.calibrated is None else asdict(self.calibrated),
         }
+
+
+def _verifications(correction: Correction) -> str:
+    return f"{correction.verifications} verification{'s' * (correction.verifications != 1)}"
 
 
 def _times(count: int) -> str:
@@ -149,8 +164,8 @@ class Verdict:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def verdict(memory: Memory, cluster: Cluster, margin: float = MARGIN) -> Verdict:
-    """Whether what `memory` predicts fits `cluster`, with `margin` as a share of what is needed.
+def verdict(memory: Memory, cluster: Cluster, margin: float = MARGIN, calibration: Calibration | None = None) -> Verdict:
+    """Whether what `memory` predicts fits `cluster`, with `margin` as a share of what is needed where `calibration` does not say.
 
     Rank i has the i-th device, nodes being filled one after the other; of a plan for one process, `cuda:i` is the i-th device of
     the first node. Where the devices of a node are alike only the ranks that hold most are looked at (`Memory.distinct`). Raises
@@ -162,20 +177,25 @@ def verdict(memory: Memory, cluster: Cluster, margin: float = MARGIN) -> Verdict
         raise DecisionError(f"the plan has {memory.ranks} ranks, and {cluster} has room for {cluster.ranks}, one for each device")
     ranks = range(memory.ranks) if cluster.is_mixed and memory.ranks > 1 else memory.distinct
     found = [memory.rank(rank) for rank in ranks] if memory.ranks > 1 else [memory]
-    rooms = [room for rank, each in zip(ranks, found, strict=True) for room in _device_rooms(each, rank, memory, cluster, margin)]
-    rooms += _host_rooms(found, memory, cluster, margin)
+    if calibration is not None:
+        check_calibration(calibration, cluster, any(_uses_devices(each) for each in found))
+    pairs = zip(ranks, found, strict=True)
+    rooms = [room for rank, each in pairs for room in _device_rooms(each, rank, memory, cluster, margin, calibration)]
+    rooms += _host_rooms(found, memory, cluster, margin, calibration)
     if not rooms:
         raise DecisionError(
             f"the plan puts everything on the CPU, and {cluster} does not say how much host memory there is; move the plan with "
             f'plan.to("cuda"), or say the memory of a node: "{cluster}+64GB-cpu"'
         )
-    return Verdict(cluster, tuple(rooms), tuple(_notes(memory, cluster, margin)))
+    return Verdict(cluster, tuple(rooms), tuple(_notes(memory, cluster, margin, calibration, rooms)))
 
 
 # -- devices ------------------------------------------------------------------------------------------------------------
 
 
-def _device_rooms(found: Memory, rank: int, whole: Memory, cluster: Cluster, margin: float) -> Iterator[Room]:
+def _device_rooms(
+    found: Memory, rank: int, whole: Memory, cluster: Cluster, margin: float, calibration: Calibration | None
+) -> Iterator[Room]:
     for device, (phase, nbytes) in _peaks(found).items():
         if device != HOST:
             index = rank % max(len(cluster.devices), 1) if whole.ranks > 1 else _index(device)
@@ -184,9 +204,32 @@ def _device_rooms(found: Memory, rank: int, whole: Memory, cluster: Cluster, mar
             kind, outside = cluster.devices[index], _outside(whole)
             place = f"{f'rank {rank}' if whole.ranks > 1 else device} on {kind.name}"
             if device in _reserved(found.reserved):
-                yield _reserved_room(found, device, place, outside, kind.memory, margin, whole.left_out)
+                room = _reserved_room(found, device, place, outside, kind.memory, margin, whole.left_out)
             else:
-                yield _room(place, phase, nbytes, _on_top(outside), kind.memory, margin, whole.left_out)
+                room = _room(place, phase, nbytes, _on_top(outside), kind.memory, margin, whole.left_out)
+            yield (
+                room
+                if calibration is None or not is_for(calibration, kind)
+                else _measured(room, found, device, calibration, margin)
+            )
+
+
+def _measured(room: Room, found: Memory, device: str, calibration: Calibration, margin: float) -> Room:
+    """The same with what a calibration of such a device says."""
+    tensors = {phase: devices[device] for phase, devices in found.by_device.items() if device in devices}
+    reserved = {phase: usages[device].reserved for phase, usages in found.reserved.items() if device in usages}
+    predicted = tensors | {phase: nbytes for phase, nbytes in reserved.items() if phase in tensors}
+    if room.retries:  # the cache has to be freed: what it comes to then is known of this phase alone
+        predicted = {room.phase: room.tensors + room.added["reserved beyond them"]}
+    outside = outside_measured(calibration, found.communicators, COMMUNICATOR_BYTES)
+    return calibrated(room, predicted, tensors, _tiers(found), calibration, margin, outside)
+
+
+def _tiers(found: Memory) -> dict[str, Tier]:
+    """Which tier the bytes of each phase are by: a run has those of a step, the others are in closed form."""
+    of_run: Tier = "T2" if found.reserved else "T1"
+    in_run = () if found.run is None else (*found.run.peaks, OPTIMIZER)
+    return {phase: of_run if phase in in_run else "T0" for phase in found.by_device}
 
 
 def _outside(memory: Memory) -> dict[str, int]:
@@ -234,7 +277,9 @@ def _devices(cluster: Cluster) -> str:
 # -- hosts --------------------------------------------------------------------------------------------------------------
 
 
-def _host_rooms(found: Sequence[Memory], whole: Memory, cluster: Cluster, margin: float) -> Iterator[Room]:
+def _host_rooms(
+    found: Sequence[Memory], whole: Memory, cluster: Cluster, margin: float, calibration: Calibration | None
+) -> Iterator[Room]:
     """The host memory of the node whose ranks, which share it, need most."""
     if cluster.host_memory is None:
         return
@@ -245,7 +290,7 @@ def _host_rooms(found: Sequence[Memory], whole: Memory, cluster: Cluster, margin
     peaks = max(([_host_peak(each) for each in node] for node in nodes), key=lambda node: sum(nbytes for _, nbytes in node))
     on_devices = any(_uses_devices(each) for each in found)
     process = CUDA_PROCESS_BYTES if on_devices else PROCESS_BYTES
-    yield _room(
+    room = _room(
         f"host memory of a node, {ranks} process{'es' * (ranks != 1)}",
         max(peaks, key=lambda peak: peak[1])[0],
         sum(nbytes for _, nbytes in peaks),
@@ -254,6 +299,24 @@ def _host_rooms(found: Sequence[Memory], whole: Memory, cluster: Cluster, margin
         margin,
         () if on_devices else whole.left_out,
     )
+    if calibration is not None and calibration.on_host and not on_devices:
+        room = _measured_hosts(room, peaks, found[0], calibration, margin)
+    yield room
+
+
+def _measured_hosts(
+    room: Room, peaks: Sequence[tuple[str, int]], memory: Memory, calibration: Calibration, margin: float
+) -> Room:
+    """The same of processes without a device, each corrected as the one that holds most."""
+    phase, most = max(peaks, key=lambda peak: peak[1])
+    tensors = {phase: devices.get(HOST, 0) for phase, devices in memory.by_device.items()} | {phase: most}
+    outside = {"processes, measured": calibration.taken}
+    one = calibrated(replace(room, tensors=most, added={}), tensors, tensors, _tiers(memory), calibration, margin, outside)
+    if one.calibrated is None:
+        return room
+    count = len(peaks)
+    added = {name: count * nbytes for name, nbytes in one.added.items()}
+    return replace(one, tensors=count * one.tensors, added=added, margin=count * one.margin)
 
 
 def _host_peak(memory: Memory) -> tuple[str, int]:
@@ -295,15 +358,21 @@ def _room(
     return Room(place, phase, tensors, added, -int(-needed * margin // 1), usable, left_out, retries)
 
 
-def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
-    yield f'"fits" keeps {margin:.0%} of what is needed free besides; "tight" does not'
+def _notes(
+    memory: Memory, cluster: Cluster, margin: float, calibration: Calibration | None, rooms: Sequence[Room]
+) -> Iterator[str]:
+    if calibration is not None:
+        yield from _calibration_notes(calibration, rooms)
+    if not all(room.calibrated for room in rooms):
+        yield f'"fits" keeps {margin:.0%} of what is needed free besides; "tight" does not'
     if "step" not in memory.by_device:
         phases = ", ".join(memory.by_device)
         yield f"without a workload only {phases} are looked at: running the model, its inputs and activations come on top"
     if memory.allocator is not None and any(memory.reserved.values()):
         yield f"on CUDA devices what the caching allocator reserves counts, by its rules ({memory.allocator.describe()})"
-    if memory.left_out:
-        yield f'{", ".join(memory.left_out)} are not counted, so that nothing better than "tight" can be said'
+    left_out = dict.fromkeys(each for room in rooms for each in room.left_out)
+    if left_out:
+        yield f'{", ".join(left_out)} are not counted, so that nothing better than "tight" can be said'
     if memory.ranks > 1 and not cluster.is_mixed:
         holding = "rank 0, which holds most, speaks" if len(memory.distinct) == 1 else "the first rank of each stage speaks"
         yield f"the ranks have devices that are alike: {holding} for all"
@@ -312,3 +381,11 @@ def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
         yield f"the plan uses {used} of {cluster.ranks} devices"
     if cluster.host_memory is None:
         yield "the cluster does not say how much host memory there is, so that it was not looked at"
+
+
+def _calibration_notes(calibration: Calibration, rooms: Sequence[Room]) -> Iterator[str]:
+    if any(room.calibrated for room in rooms):
+        yield f'calibrated on {calibration}: "fits" keeps the error of what was measured free there'
+    for room in rooms:
+        if room.calibrated is None:
+            yield f"{room.place} is not calibrated: its phase {room.phase} was not measured, or nothing near its size"

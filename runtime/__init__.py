@@ -26,6 +26,12 @@ A training step without memory: `fake_step` is that verb, run when `plan.memory(
 * `allocations`: what ops allocate and when it goes; `scratch`: what kernels take besides; `fake_ops`: fake ops mended;
 * `fake_ranks`: the same of one rank, in a `fake_world`; `fsdp_memory`, `gloo_scratch`, `ddp_buckets`: what engines take for it.
 
+The same for real, held against what was predicted: `verify` is that verb, run when `plan.verify()` is asked for:
+
+* `phase_checks`: what is measured beside what is predicted, and what the difference is;
+* `recording`: spans of the run and what each took; `memory_events`, `process_peak`: where that is read;
+* `watched`: a real step looked at op by op, and which of its pieces of memory are there at a peak.
+
 A checkpoint is a source of values. `checkpoint` opens one by its form (`safetensors_form`, `torch_form`, `dcp_form`; `files`):
 
 * `entries`: its tensors, any box of which is read into place; `hub`, `tiles`: those of a transformers model, converted;

@@ -73,6 +73,9 @@ class Allocations(TorchDispatchMode):
     collective_scratch: Callable[[Any, Any, Any], int] | None = None
     """The bytes that a collective takes on the CPU beside its results; None where there is only one process."""
 
+    skips_waiting = True
+    """Whether there is nothing to wait for after a collective, as in a run on fake tensors."""
+
     def __init__(self, on_cpu: bool = True, host_phases: Iterable[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_cpu = on_cpu  # whether the plan's device is the CPU, whose kernels' scratch is known
@@ -200,7 +203,7 @@ class Allocations(TorchDispatchMode):
             return NotImplemented  # a DTensor makes of it the ops on what this rank holds, which come here again
         if not self._counts or func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
             return func(*args, **(kwargs or {}))  # of another mode is what DTensor tries to learn the whole's shape
-        if func is _WAIT:
+        if func is _WAIT and self.skips_waiting:
             return args[0]  # which the fake op makes a copy of
         node = torch._C._current_autograd_node()
         self._release_numbers(node)

@@ -1,4 +1,4 @@
-"""Two steps of training, as a training script takes them: forward, loss, backward, optimizer, on whatever tensors a module has.
+"""Steps of training, as a training script takes them: forward, loss, backward, optimizer, on whatever tensors a module has.
 
 `fake_step` runs it on fake tensors to see what it allocates; run on a real module it is what a fake run is compared with.
 """
@@ -28,12 +28,15 @@ def run_training(
     phase: Callable[[str], None],
     made: Callable[[torch.optim.Optimizer], None] = lambda _: None,
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    steps: int = 2,
+    device: str = "cpu",
 ) -> None:
     """Prepare `module` as `training` says and take two steps; `phase` is called with the name of each phase as it begins.
 
     The first step makes the optimizer's state, so only the second is like all later ones. Outputs are let go once there is a
     loss, the loss after the backward, gradients after the optimizer; the micro-batches of a step add to the same gradients.
-    `made` gets the optimizer, or each of two; they step within `around_step()`.
+    `made` gets the optimizer, or each of two; they step within `around_step()`. `steps` beyond two are like the second;
+    `device` is the type of device that autocast is for.
     """
     module.train()
     if training.checkpointing != "none":
@@ -41,10 +44,11 @@ def run_training(
     optimizers = optimizers_of(module, training)
     for optimizer in optimizers:
         made(optimizer)
-    for stepping, updating in ((FIRST_STEP, FIRST_OPTIMIZER), (STEP, OPTIMIZER)):
+    for number in range(steps):
+        stepping, updating = (STEP, OPTIMIZER) if number else (FIRST_STEP, FIRST_OPTIMIZER)
         phase(stepping)
         for _ in range(training.accumulate):
-            forward_and_backward(module, inputs, training)
+            forward_and_backward(module, inputs, training, device)
         phase(updating)
         if training.clip_grad_norm is not None:
             clip_gradients(module.parameters(), training.clip_grad_norm)
@@ -55,9 +59,9 @@ def run_training(
             optimizer.zero_grad()
 
 
-def forward_and_backward(module: nn.Module, inputs: Any, training: Training) -> None:
+def forward_and_backward(module: nn.Module, inputs: Any, training: Training, device: str = "cpu") -> None:
     """The loss of one batch, and its gradients."""
-    with nullcontext() if training.autocast is None else torch.autocast("cpu", training.autocast):
+    with nullcontext() if training.autocast is None else torch.autocast(device, training.autocast):
         loss = _loss(module, inputs, training)
     if training.accumulate > 1:
         loss = loss / training.accumulate

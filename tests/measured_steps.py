@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 import groundplan as gp
 from groundplan.planner.allocations import START, Timeline
 from groundplan.runtime.example_inputs import example_inputs
+from groundplan.runtime.memory_events import memory_events as events_of
+from groundplan.runtime.memory_events import memory_profile
 from groundplan.runtime.meta import forget
 from groundplan.runtime.training_step import run_training
 
@@ -58,7 +60,7 @@ def measured_peaks(plan: gp.Plan, training: gp.Training, **options: Any) -> dict
         phases.append(name)
         torch.empty(_MARK + len(phases) - 1, dtype=torch.uint8)
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with memory_profile() as profiler:
         module = plan.materialize(seed=0, progress=False, **options)
         forget(module)  # where it remembers the plan, it keeps states of generators
         inputs = example_inputs(module, training)
@@ -67,10 +69,9 @@ def measured_peaks(plan: gp.Plan, training: gp.Training, **options: Any) -> dict
     return _peaks(memory_events(profiler), phases)
 
 
-def memory_events(profiler: Any) -> list[int]:
+def memory_events(profiler: profile) -> list[int]:
     """The bytes that came, or went as a negative number, in order."""
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    return [each.nbytes() for each in sorted(events, key=lambda each: int(each.start_ns()))]
+    return [each.nbytes for each in events_of(profiler)]
 
 
 def _peaks(events: list[int], phases: list[str]) -> dict[str, int]:

@@ -172,6 +172,29 @@ def test_report_says_whether_it_fits(groundplan: Runner, tmp_path: Path) -> None
     assert groundplan("report", "cli_zoo:Net", "--json").json["verdict"] is None
 
 
+def test_verify_says_what_each_phase_took(groundplan: Runner, tmp_path: Path) -> None:
+    words = ("verify", "torch.nn:Linear", "--kwargs", '{"in_features": 30, "out_features": 40}', "--train", "sgd")
+    shown = groundplan(*words, "--calibration", "cpu.json")
+    assert shown.code == 0 and "predicted" not in shown.err and "first_step" in shown.out and "measured" in shown.out
+    found = groundplan(*words, "--steps", "4", "--json", "--calibration", "cpu.json").json
+    checks = {each["phase"]: each for each in found["ranks"][0]["checks"]}
+    assert checks["step"]["difference"] == 0 and len(checks["step"]["repeats"]) == 3 and found["spec"] == "torch.nn:Linear"
+    assert len(json.loads((tmp_path / "cpu.json").read_text())["records"]) == 2 * 8
+
+
+def test_report_by_a_calibration(groundplan: Runner) -> None:
+    words = ("torch.nn:Linear", "--kwargs", '{"in_features": 30, "out_features": 40}')
+    assert groundplan("verify", *words, "--calibration", "cpu.json").code == 0
+    shown = groundplan("report", *words, "--cluster", "64GB-cpu", "--calibration", "cpu.json").out
+    assert "calibrated on cpu" in re.sub(r"\s+", " ", shown) and "calibrated by 1 verification" in re.sub(r"\s+", " ", shown)
+    other = groundplan("report", *words, "--cluster", "H100", "--calibration", "cpu.json")
+    assert other.code == 1 and other.out == "" and "the calibration is of cpu" in other.err
+    alone = groundplan("report", *words, "--calibration", "cpu.json")
+    assert alone.code == 1 and "calibration= is for saying whether it fits" in alone.err
+    missing = groundplan("report", *words, "--cluster", "64GB-cpu", "--calibration", "none.json")
+    assert missing.code == 1 and "cannot read the calibration none.json" in missing.err
+
+
 def test_report_as_a_page(groundplan: Runner) -> None:
     result = groundplan("report", "cli_zoo:Net", "--train", "adamw", "--html", "out.html", "--json")
     page = (groundplan.folder / "out.html").read_text(encoding="utf-8")
