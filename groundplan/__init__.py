@@ -28,6 +28,7 @@ from .in_place import deepspeed_zero3, materialize, param_init_fn
 from .plan import Plan, trace
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
+from .planner.inference import Inference
 from .planner.memory import Memory
 from .planner.verdict import Verdict
 from .planner.workload import Training
@@ -60,6 +61,7 @@ __all__ = [
     "ParamGraph",
     "Decisions",
     "Training",
+    "Inference",
     "Cluster",
     "Memory",
     "Verdict",

@@ -10,6 +10,7 @@
 * `reserved`: the same of `memory`'s phases; `overheads`: what a process holds beside its tensors;
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `verdict`: whether they fit a cluster;
+* `inference`: serving as a workload, and `inference_memory`, its bytes (`inference_parts`: of plans that shard, place, quantize);
 * `allocations`: what a training step allocates and releases, as a run of it without memory found;
 * `records`: what all that is saved is made of.
 """
@@ -17,6 +18,7 @@
 from .check import check_decisions
 from .cluster import Cluster
 from .decisions import Cast, Decisions, Move, Rule, default_decisions
+from .inference import Inference
 from .memory import Binding, Memory
 from .plan_file import load_decisions, save_decisions
 from .verdict import Verdict
@@ -27,6 +29,7 @@ __all__ = [
     "Cast",
     "Cluster",
     "Decisions",
+    "Inference",
     "Memory",
     "Move",
     "Rule",

@@ -56,13 +56,16 @@ class Memory:
     * `optimizer`: inside `optimizer.step()`;
     * `checkpoint`: saving.
 
-    The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
+    The three in the middle are there with a `Training` workload only; with an `Inference` one, `first_step` reads the prompt,
+    `step` decodes the last token, and there is no optimizer. Of a sharded plan with `ranks` ranks this is the memory of
     the worst one, rank 0; `rank(i)` gives that of any. `left_out` is what takes memory in some phase and is not counted;
     `communicators` is how many groups of ranks talk to each other.
 
     `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
     on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
-    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones.
+    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones. Of inference both tiers
+    are a run on fake tensors. `certain` is how many bytes of a device need no margin, as nothing about them is a guess: they are
+    counted as the allocator hands them out, which is `rounding` more than the tensors have.
     """
 
     by_device: Mapping[str, Mapping[str, int]]
@@ -75,6 +78,8 @@ class Memory:
     tier: str = "T0"
     closed_form: Memory | None = field(default=None, repr=False)
     run: Timeline | None = field(default=None, repr=False)
+    certain: Mapping[str, int] = field(default_factory=dict)
+    rounding: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -274,7 +279,7 @@ def memory_of_run(graph: ParamGraph, decisions: Decisions, workload: Training, r
     found = Memory(by_device, Binding(phase, device, by_device[phase][device], ()), tuple(_run_notes(device, workload)))
     tensors = weights.binding.tensors
     if phase in run.peaks:
-        tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
+        tensors = largest_of(run.at_peak(_run_phase(found, run), device))
     left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
     binding = replace(found.binding, tensors=tensors)
     return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
@@ -284,7 +289,8 @@ def _is_cuda(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def _largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
+def largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
+    """The largest of what a run holds at a moment, as (name, bytes); what has one name counts together."""
     held: dict[str, int] = {}
     for each in allocations:
         held[each.describe()] = held.get(each.describe(), 0) + each.nbytes
@@ -298,7 +304,7 @@ def _worse(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
 def _run_phase(memory: Memory, run: Timeline | None = None) -> str:
     """The phase of the run that makes the peak: of the two in the optimizer the one that takes more."""
     run, binding = run or memory.run, memory.binding
-    first = run is not None and run.peaks[FIRST_OPTIMIZER].get(binding.device, 0) == binding.bytes
+    first = run is not None and run.peaks.get(FIRST_OPTIMIZER, {}).get(binding.device, 0) == binding.bytes
     return FIRST_OPTIMIZER if binding.phase == OPTIMIZER and first else binding.phase
 
 

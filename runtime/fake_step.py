@@ -40,7 +40,8 @@ def fake_step(build: Build, decisions: Decisions, training: Training) -> Timelin
     Raises `DecisionError` for a plan that is not of one device, and for inputs that cannot be made; `MemoryRunError` where the
     step looks at values, which fake tensors do not have.
     """
-    device = _device_of(build, decisions)
+    check_whole(decisions)
+    device = device_of(build, decisions)
     module = meta_module(build, decisions)
     if not isinstance(module, nn.Module):
         raise DecisionError(f"the constructor returns a {type(module).__name__}, and a training step needs one nn.Module")
@@ -77,12 +78,16 @@ def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _
     return found.timeline(device, _HOST)
 
 
-def _device_of(build: Build, decisions: Decisions) -> str:
-    """The one device that the plan's tensors end up on."""
+def check_whole(decisions: Decisions) -> None:
+    """Raise `DecisionError` for a plan whose module does not run whole, on one device, as it is traced."""
     for name in ("sharding", "placing", "quantizing"):
         if getattr(decisions, name):
             done = {"sharding": "shards", "placing": "places tensors on several devices", "quantizing": "quantizes"}[name]
             raise DecisionError(f'the plan {done}, and tier="T1" runs the step of one device; ask for tier="T0"')
+
+
+def device_of(build: Build, decisions: Decisions) -> str:
+    """The device that the plan moves its tensors to."""
     moves = [step.device for step in decisions.steps if isinstance(step, Move)]
     device = moves[-1] if moves else build.graph.ambient.default_device
     return "cuda:0" if device == "cuda" else device
