@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .explain import Explanation, explain
+from .planner.allocator_config import AllocatorConfig
 from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
@@ -20,7 +21,10 @@ from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
+from .planner.replayed_run import Allocator
+from .planner.reserved import with_reserved
 from .planner.sharding import LAYERS, sharding
+from .planner.tiers import Tier, check_tier
 from .planner.workload import Training
 from .progress import shown
 from .report import Report
@@ -31,6 +35,8 @@ from .runtime.materialize import Progress as ProgressCallback
 from .runtime.options import Options
 from .tracer.errors import DecisionError, MaterializeError, MemoryRunError, PlanFileError
 from .tracer.graph import ParamGraph
+
+Workload = Training | Inference
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -76,10 +82,19 @@ class Plan:
         """What the constructor creates; raises `PlanFileError` for a loaded plan that is not bound."""
         return self._bound.graph
 
-    def report(self, workload: Training | Inference | None = None, cluster: Cluster | str | None = None) -> Report:
+    def report(
+        self,
+        workload: Workload | None = None,
+        cluster: Cluster | str | None = None,
+        *,
+        tier: Tier = "T0",
+        allocator: AllocatorConfig | str | None = None,
+    ) -> Report:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
-        With a `workload` the memory is that of training or serving, with a `cluster` it says as well whether that fits (`Memory.fits`).
+        With a `workload` the memory is that of training or serving, with a `cluster` it says as well whether that fits
+        (`Memory.fits`).
+        `tier` and `allocator` are as in `memory`, and raise the same.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
@@ -87,7 +102,7 @@ class Plan:
         >>> trace(torch.nn.Linear, 3, 4).report(cluster="64GB-cpu").verdict.verdict
         'fits'
         """
-        found = self.memory(workload)
+        found = self.memory(workload, tier=tier, allocator=allocator, cluster=cluster)
         return Report(self.graph, self.decisions, found, None if cluster is None else found.fits(cluster))
 
     def explain(self, name: str | None = None) -> Explanation:
@@ -101,19 +116,30 @@ class Plan:
         """
         return explain(self.graph, self.decisions, name)
 
-    def memory(self, workload: Training | Inference | None = None, *, tier: Literal["T0", "T1"] = "T0") -> Memory:
+    def memory(
+        self,
+        workload: Workload | None = None,
+        *,
+        tier: Tier = "T0",
+        allocator: AllocatorConfig | str | None = None,
+        cluster: Cluster | str | None = None,
+    ) -> Memory:
         """The peak bytes of every phase by device: of the weights, or of training or serving them, as `workload` says.
 
         `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
         plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU.
         It is for plans of one device. `workload.inputs` are the inputs of that step, or are made from the module's signature.
+        `tier="T2"` replays that run through the rules of CUDA's caching allocator: `reserved` beside active bytes.
 
-        With `gp.Inference` both tiers run forward on fake tensors, once for the prompt and again for each kind of token after it,
-        which takes a second or two for 80 layers. T0 applies what a plan shards, places and quantizes to that run by rule, and
-        gives the weights alone where forward looks at values.
+        With `gp.Inference` every tier runs forward on fake tensors, for the prompt and for tokens after it: about two seconds for
+        80 layers. What a plan shards, places or quantizes is applied to that run by rule, in T0 alone; T0 gives the weights alone
+        where forward looks at values.
 
-        Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, and `MemoryRunError` where the step looks
-        at values, such as `if x.max() > 1`.
+        `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
+        it asks for `reserved` as well, without activations. `cluster` says which devices it is for: cuBLAS's workspaces differ.
+
+        Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, `AllocatorError` for settings that torch
+        does not take, and `MemoryRunError` where the step looks at values, such as `if x.max() > 1`.
 
         >>> trace(torch.nn.Linear, 3, 4).memory().phases
         {'construct': 64, 'load': 64, 'checkpoint': 64}
@@ -121,18 +147,22 @@ class Plan:
         152
         >>> trace(torch.nn.Linear, 3, 4).memory(Inference(batch_size=2)).phases["step"]
         120
+        >>> on_gpu = trace(torch.nn.Linear, 3, 4).to("cuda").memory(Training("sgd", batch_size=2), tier="T2")
+        >>> on_gpu.phases["optimizer"], on_gpu.reserved["optimizer"]["cuda:0"].reserved // 2**20
+        (152, 68)
         """
-        if tier not in ("T0", "T1"):
-            raise DecisionError(f'tier={tier!r} is not known: say "T0" for the closed form, "T1" for a run on fake tensors')
+        check_tier(tier, workload, allocator)
         if isinstance(workload, Inference):
-            return _serving(self._bound, self.decisions, workload, tier)
-        if tier == "T0":
-            return memory(self.graph, self.decisions, workload)
-        if workload is None:
-            raise DecisionError('tier="T1" runs a training step; say which one: plan.memory(gp.Training(...), tier="T1")')
-        from .runtime.fake_step import fake_step
+            return _serving(self._bound, self.decisions, workload, tier, Allocator.of(allocator, cluster))
+        if tier == "T0" or workload is None:
+            found = memory(self.graph, self.decisions, workload)
+        else:
+            from .runtime.fake_step import fake_step
 
-        return memory_of_run(self.graph, self.decisions, workload, fake_step(self._bound, self.decisions, workload))
+            found = memory_of_run(self.graph, self.decisions, workload, fake_step(self._bound, self.decisions, workload))
+        if tier != "T2" and allocator is None:
+            return found
+        return with_reserved(found, self.graph, self.decisions, workload, Allocator.of(allocator, cluster))
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 
@@ -422,20 +452,20 @@ class Plan:
         return self._build
 
 
-def _serving(build: Build, decisions: Decisions, inference: Inference, tier: Literal["T0", "T1"]) -> Memory:
-    """The memory of serving, from a run of it; in T0 without one where it cannot be run."""
+def _serving(build: Build, decisions: Decisions, inference: Inference, tier: Tier, allocator: Allocator) -> Memory:
+    """The memory of serving, from a run of it; in T0 of a plan that is none of one device by rule, or of the weights alone."""
     from .runtime.fake_inference import fake_inference
-    from .runtime.fake_step import check_whole
+    from .runtime.fake_step import check_one_device
 
-    if tier == "T1":
-        check_whole(decisions)
+    if tier != "T0":
+        check_one_device(decisions)
     try:
         run = fake_inference(build, decisions, inference)
     except MemoryRunError as error:
-        if tier == "T1":
+        if tier != "T0":
             raise
         return weights_alone(build.graph, decisions, str(error))
-    return replace(inference_memory(build.graph, decisions, inference, run), tier=tier)
+    return replace(inference_memory(build.graph, decisions, inference, run, allocator), tier=tier)
 
 
 def _name_of(build: Callable[..., Any]) -> str:

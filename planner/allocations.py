@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal
 
 from ..tracer.graph import Frame
@@ -106,6 +108,10 @@ class Timeline:
                 peaks[known] = max(peaks.get(known, 0), held)
             peaks[device] = max(peaks.get(device, 0), now)
         return found
+
+    def by_phase(self) -> Iterator[tuple[str, Iterator[Moment]]]:
+        """The moments of one phase after the other, in order."""
+        return groupby(self.moments, key=attrgetter("phase"))
 
     def at_peak(self, phase: str, device: str) -> list[Allocation]:
         """What is there when `phase` is at its peak on `device`, largest first."""

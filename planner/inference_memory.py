@@ -7,51 +7,61 @@ from dataclasses import replace
 
 from ..tracer.graph import ParamGraph
 from .allocations import FIRST_STEP, STEP, Allocation, Timeline
-from .allocator import replay
-from .allocator_events import Allocate
+from .cuda_left_out import left_out_of
 from .decisions import Decisions
 from .inference import Inference
 from .inference_parts import as_planned
 from .memory import Binding, Memory, largest_of, memory
 from .rank_memory import weights_of
+from .replayed_run import Allocator, is_cuda
+from .reserved import with_reserved
 
-_WEIGHTS = ("parameter", "buffer")
 
-
-def inference_memory(graph: ParamGraph, decisions: Decisions, inference: Inference, run: Timeline, rank: int = 0) -> Memory:
+def inference_memory(
+    graph: ParamGraph,
+    decisions: Decisions,
+    inference: Inference,
+    run: Timeline,
+    allocator: Allocator | None = None,
+    rank: int = 0,
+) -> Memory:
     """The memory of serving by `decisions`, of one rank if they shard; `run` is one of the module whole, on one device.
 
-    Raises what `memory` raises.
+    What is reserved on CUDA devices is there in every tier: a cache that grows leaves holes. Raises what `memory` raises.
     """
-    closed, planned = memory(graph, decisions), as_planned(run, graph, decisions, rank)
-    weights = closed.rank(rank)
-    by_device = dict(weights.by_device)
-    saved = by_device.pop("checkpoint")
-    by_device |= {phase: planned.peaks[phase] for phase in (FIRST_STEP, STEP)} | {"checkpoint": saved}
-    held = [each for each in planned.allocations if each.kind in _WEIGHTS]
-    return replace(
+    used, planned = allocator or Allocator(), as_planned(run, graph, decisions, rank)
+    weights = memory(graph, decisions).rank(rank)
+    by_device = _with_steps(weights, {phase: planned.peaks[phase] for phase in (FIRST_STEP, STEP)})
+    found = replace(
         weights,
         by_device=by_device,
         binding=_binding(by_device, planned, weights),
         notes=(*weights.notes, *_notes(decisions, inference)),
-        of_rank=None if weights.ranks == 1 else lambda index: inference_memory(graph, decisions, inference, run, index),
-        left_out=_left_out(decisions),
+        of_rank=None,
+        left_out=tuple(_left_out(decisions, planned)),
         run=planned,
-        certain=_sums(held),
-        rounding=_rounding(held),
     )
+    if any(map(is_cuda, found.devices)):
+        held = _sums(each for each in planned.allocations if each.kind in ("parameter", "buffer"))
+        found = replace(with_reserved(found, graph, decisions, None, used, rank), certain=held)
+    of_rank = None if found.ranks == 1 else lambda index: inference_memory(graph, decisions, inference, run, used, index)
+    return replace(found, of_rank=of_rank)
+
+
+def _with_steps(weights: Memory, steps: Mapping[str, Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
+    """The phases of the weights, with those of running before that of saving."""
+    by_device = dict(weights.by_device)
+    saved = by_device.pop("checkpoint")
+    return {**by_device, **steps, "checkpoint": saved}
 
 
 def weights_alone(graph: ParamGraph, decisions: Decisions, reason: str, rank: int = 0) -> Memory:
     """The same where the module cannot be run without memory: what the weights take, the rest being left out."""
     closed = memory(graph, decisions).rank(rank)
     held = [Allocation("parameter", each.nbytes, each.device, each.tensor) for each in weights_of(graph, decisions, rank)]
-    by_device = dict(closed.by_device)
-    saved = by_device.pop("checkpoint")
-    by_device |= {phase: _sums(held) for phase in (FIRST_STEP, STEP)} | {"checkpoint": saved}
     return replace(
         closed,
-        by_device=by_device,
+        by_device=_with_steps(closed, dict.fromkeys((FIRST_STEP, STEP), _sums(held))),
         notes=(*closed.notes, f"inference: the weights alone, as {reason}"),
         of_rank=None if closed.ranks == 1 else lambda index: weights_alone(graph, decisions, reason, index),
         left_out=("the KV cache", "activations"),
@@ -66,12 +76,11 @@ def _binding(by_device: Mapping[str, Mapping[str, int]], run: Timeline, weights:
     return Binding(phase, device, by_device[phase][device], largest_of(run.at_peak(phase, device)))
 
 
-def _left_out(decisions: Decisions) -> tuple[str, ...]:
-    sharding = decisions.sharding
-    return ("gathered units",) if sharding is not None and sharding.size("shard") > 1 else ()
-
-
-# -- what is known without a margin -------------------------------------------------------------------------------------
+def _left_out(decisions: Decisions, run: Timeline) -> Iterator[str]:
+    """Units that FSDP gathers, and what is not known of CUDA's kernels."""
+    if decisions.sharding is not None and decisions.sharding.size("shard") > 1:
+        yield "gathered units"
+    yield from left_out_of(each.op for each in run.allocations if is_cuda(each.device))
 
 
 def _sums(allocations: Iterable[Allocation]) -> dict[str, int]:
@@ -81,27 +90,12 @@ def _sums(allocations: Iterable[Allocation]) -> dict[str, int]:
     return found
 
 
-def _rounding(held: list[Allocation]) -> dict[str, int]:
-    """What the caching allocator reserves for the weights of each CUDA device beyond their bytes."""
-    return {
-        device: replay(_events(held, device)).peak.reserved - nbytes
-        for device, nbytes in _sums(held).items()
-        if device.startswith("cuda")
-    }
-
-
-def _events(held: list[Allocation], device: str) -> Iterator[Allocate]:
-    sizes = (each.nbytes for each in held if each.device == device and each.nbytes)
-    return (Allocate(number, nbytes) for number, nbytes in enumerate(sizes))
-
-
 # -- assumptions --------------------------------------------------------------------------------------------------------
 
 
 def _notes(decisions: Decisions, inference: Inference) -> Iterator[str]:
-    yield "first_step and step are from a run of forward on fake tensors, in T0 and T1 alike"
+    yield "first_step and step are from a run of forward on fake tensors, in every tier"
     yield f"{FIRST_STEP} reads the prompt, {STEP} decodes the last of {inference.new_tokens} new; checkpoint saves the weights"
-    yield "on CUDA the kernels' workspaces come on top, and kernels may be others than the CPU's, which the run chose"
     if decisions.quantizing:
         yield "inference: layers compute as they do unquantized, and the largest weight is converted back whole while it does"
     if decisions.placing is not None:

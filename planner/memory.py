@@ -13,15 +13,22 @@ from typing import Any
 from ..tracer.errors import GroundplanError
 from ..tracer.graph import ParamGraph
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
+from .allocator_events import Usage
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
+from .cuda_left_out import left_out_of
 from .decisions import Decisions, final_device, final_dtype
 from .quantizing import Quantizing
 from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
+from .replayed_run import Allocator, ReplayedRun
+from .series import Series, series_of_changes, series_of_run
 from .verdict import MARGIN, Verdict, verdict
 from .workload import Training
 
 _SHOWN_TENSORS = 10
+
+RESERVED = "what CUDA's caching allocator reserves beside"
+"""Left out of tier T1: a fifth of the active bytes and more (docs/decisions/021-published-runs.md). Tier T2 has it."""
 
 
 class RankError(GroundplanError, IndexError):
@@ -63,9 +70,14 @@ class Memory:
 
     `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
     on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
-    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones. Of inference both tiers
-    are a run on fake tensors. `certain` is how many bytes of a device need no margin, as nothing about them is a guess: they are
-    counted as the allocator hands them out, which is `rounding` more than the tensors have.
+    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones. `T2` is T1 with what
+    the CUDA caching allocator's rules, set as `allocator` says, make of the run: `reserved` has the peaks by phase and CUDA
+    device, as `torch.cuda.memory_stats` counts them. It is empty in the tiers below, unless they were asked for it.
+
+    Of inference every tier is a run on fake tensors, with `reserved`. `certain` is how many bytes of a device need no margin in a
+    verdict, as nothing about them is a guess: the weights, where what is reserved for them is known.
+
+    `changes` are T0's allocations and releases in order; `series` is either tier over time, as the drawings show it.
     """
 
     by_device: Mapping[str, Mapping[str, int]]
@@ -79,7 +91,10 @@ class Memory:
     closed_form: Memory | None = field(default=None, repr=False)
     run: Timeline | None = field(default=None, repr=False)
     certain: Mapping[str, int] = field(default_factory=dict)
-    rounding: Mapping[str, int] = field(default_factory=dict)
+    reserved: Mapping[str, Mapping[str, Usage]] = field(default_factory=dict)
+    allocator: Allocator | None = None
+    replayed: ReplayedRun | None = field(default=None, repr=False, compare=False)
+    changes: Mapping[str, Sequence[Change]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -95,6 +110,29 @@ class Memory:
         """The memory of one rank; raises `RankError` for one that the plan does not have."""
         check_rank(index, self.ranks)
         return self if self.of_rank is None else self.of_rank(index)
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices that anything is held on, by name."""
+        return sorted({device for found in self.by_device.values() for device in found})
+
+    def at_peak(self) -> list[Allocation]:
+        """What is there at the peak, the largest first; nothing where the peak is in no phase of a run."""
+        if self.run is None or self.binding.phase not in self.run.peaks:
+            return []
+        return self.run.at_peak(_run_phase(self), self.binding.device)
+
+    def series(self, device: str | None = None) -> Series | None:
+        """What is held on a device over time, by kind, at the moments that a drawing needs; of the binding device if None.
+
+        In tiers T1 and T2 these are the moments of the run, with reserved bytes in T2; in T0 every phase for itself, and all
+        bytes of one kind. None where there is nothing.
+        """
+        device = self.binding.device if device is None else device
+        if self.run is not None:
+            held = self.replayed.reserved.get(device) if self.replayed is not None else None
+            return series_of_run(self.run, device, held) if self.run.moments else None
+        return series_of_changes(self.changes, device) if any(self.changes.values()) else None
 
     def fits(self, cluster: Cluster | str, margin: float | None = None) -> Verdict:
         """Whether this fits a cluster, a `gp.Cluster` or a string such as `"8xH100-80GB"`: "fits", "tight" or "does not fit".
@@ -126,20 +164,37 @@ class Memory:
             },
             "left_out": list(self.left_out),
             "notes": list(self.notes),
+            "timeline": [found.to_json() for device in self.devices if (found := self.series(device)) is not None],
         }
+        if self.allocator is not None:
+            found["allocator"] = self.allocator.to_json()
+            found["reserved"] = {
+                phase: {device: usage._asdict() for device, usage in devices.items()} for phase, devices in self.reserved.items()
+            }
         if self.closed_form is not None:
             found["closed_form"] = self.closed_form.to_json()
-        if self.run is not None and binding.phase in self.run.peaks:
-            found["at_peak"] = [each.to_json() for each in self.run.at_peak(_run_phase(self), binding.device)]
+        if at_peak := self.at_peak():
+            found["at_peak"] = [each.to_json() for each in at_peak]
         return found
 
+    def columns(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """What tables of it show: a title, and bytes by phase."""
+        for device in self.devices:
+            yield device, {phase: found.get(device, 0) for phase, found in self.by_device.items()}
+            usages = {phase: found[device] for phase, found in self.reserved.items() if device in found}
+            for name in ("active", "reserved") if usages else ():
+                yield f"{device}, {name}", {phase: getattr(usage, name) for phase, usage in usages.items()}
+        closed = self.closed_form
+        if closed is None:
+            return
+        for device in self.devices:
+            yield f"{device}, {closed.tier}", {phase: found.get(device, 0) for phase, found in closed.by_device.items()}
+
     def __str__(self) -> str:
-        columns = [(device, device, self) for device in sorted({each for found in self.by_device.values() for each in found})]
-        if self.closed_form is not None:
-            columns += [(f"{device}, {self.closed_form.tier}", device, self.closed_form) for _, device, _ in columns]
-        rows = [["phase", *(title for title, _, _ in columns)]]
+        columns = list(self.columns())
+        rows = [["phase", *(title for title, _ in columns)]]
         for phase in self.by_device:
-            rows.append([phase, *(human_bytes(of.by_device[phase].get(device, 0)) for _, device, of in columns)])
+            rows.append([phase, *(human_bytes(found.get(phase, 0)) for _, found in columns)])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = [_aligned(row, widths) for row in rows]
         binding = self.binding
@@ -185,7 +240,8 @@ def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = 
     timelines = timelines_of(graph, decisions, workload)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     left_out = () if workload is None else ("activations",)
-    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)), left_out=left_out)
+    notes = tuple(_notes(decisions, workload))
+    return Memory(by_device, _binding(by_device, timelines), notes, left_out=left_out, changes=timelines)
 
 
 def timelines_of(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int = 0) -> dict[str, list[Change]]:
@@ -215,6 +271,7 @@ def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None,
         lambda index: _of_rank(graph, decisions, workload, index),
         () if workload is None else ("activations", "gathered units", "communication buffers"),
         _communicators(decisions),
+        changes=timelines,
     )
 
 
@@ -280,7 +337,8 @@ def memory_of_run(graph: ParamGraph, decisions: Decisions, workload: Training, r
     tensors = weights.binding.tensors
     if phase in run.peaks:
         tensors = largest_of(run.at_peak(_run_phase(found, run), device))
-    left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
+    on_cuda = any(map(_is_cuda, by_device["step"]))
+    left_out = (RESERVED, *left_out_of(each.op for each in run.allocations)) if on_cuda else ()
     binding = replace(found.binding, tensors=tensors)
     return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
 
@@ -360,11 +418,9 @@ def _run_notes(device: str, workload: Training) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):
-        yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
+        yield "the run chose CUDA's kernels where they keep otherwise than the CPU's; attention is taken to be flash or memory-efficient"
     else:
         yield "workspaces of oneDNN are not included"
-    if workload.autocast is not None and device.startswith("cuda"):
-        yield "autocast converts what it does on the CPU"
     if workload.loss is None:
         yield "the loss is the output's own, or else the sum of the outputs"
 

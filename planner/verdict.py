@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..tracer.errors import DecisionError
+from .allocations import FIRST_OPTIMIZER, OPTIMIZER
+from .allocator_driver import Device
+from .allocator_events import Usage
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
 from .rank_memory import HOST
+from .replayed_run import replay_run
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -38,6 +42,8 @@ class Room:
     """One place, a device of a rank or the host memory of a node: what is needed there and what it has; all sizes are bytes.
 
     `tensors` is the peak of `phase`; `added` is what comes on top of it, by name; `margin` is kept free besides for "fits".
+    Where it is known what the caching allocator reserves, that counts, and what it takes beyond the tensors is among `added`. If
+    that is more than there is, the allocator frees what it has cached, as often as `retries` says.
     """
 
     place: str
@@ -47,6 +53,7 @@ class Room:
     margin: int
     usable: int
     left_out: tuple[str, ...] = ()
+    retries: int = 0
 
     @property
     def needed(self) -> int:
@@ -65,10 +72,10 @@ class Room:
 
     @property
     def verdict(self) -> Word:
-        """The word for this place; "tight" also where the margin is free, but something is left out of the prediction."""
+        """The word for this place; "tight" also where something is left out of the prediction, or the cache has to be freed."""
         if self.left < 0:
             return "does not fit"
-        return "fits" if self.left >= self.margin and not self.left_out else "tight"
+        return "fits" if self.left >= self.margin and not self.left_out and not self.retries else "tight"
 
     def describe(self) -> str:
         """All that in one line."""
@@ -78,7 +85,8 @@ class Room:
         left = f"{human_bytes(self.left)} left" if self.left >= 0 else f"{human_bytes(-self.left)} missing"
         of = f"{human_bytes(self.needed)} of {human_bytes(self.usable)}"
         parts = f"{human_bytes(self.tensors)} in {self.phase}{added}"
-        return f"{self.place}: {self.verdict}, {of} ({parts}); {left}, {self.percent:.1f} %"
+        freed = f"; cached memory is freed {_times(self.retries)} for want of more" if self.retries else ""
+        return f"{self.place}: {self.verdict}, {of} ({parts}); {left}, {self.percent:.1f} %{freed}"
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -93,7 +101,12 @@ class Room:
             "usable": self.usable,
             "left": self.left,
             "percent": round(self.percent, 2),
+            "retries": self.retries,
         }
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +181,45 @@ def _device_rooms(found: Memory, rank: int, whole: Memory, cluster: Cluster, mar
             index = rank % max(len(cluster.devices), 1) if whole.ranks > 1 else _index(device)
             if index >= len(cluster.devices):
                 raise DecisionError(f"the plan puts tensors on {device}, and a node of {cluster} has {_devices(cluster)}")
-            kind, added = cluster.devices[index], _on_top(whole)
+            kind, outside = cluster.devices[index], _outside(whole)
             place = f"{f'rank {rank}' if whole.ranks > 1 else device} on {kind.name}"
-            yield _room(place, phase, nbytes, added, kind.memory, margin, whole.left_out)
+            if device in _reserved(found.reserved):
+                yield _reserved_room(found, device, place, outside, kind.memory, margin, whole.left_out)
+            else:
+                yield _room(place, phase, nbytes, _on_top(outside), kind.memory, margin, whole.left_out)
 
 
-def _on_top(memory: Memory) -> dict[str, int]:
-    """What a device holds besides tensors, by name."""
-    added = {"CUDA context": CONTEXT_BYTES, "workspaces": WORKSPACE_BYTES}
-    return added | ({"communicators": memory.communicators * COMMUNICATOR_BYTES} if memory.communicators else {})
+def _outside(memory: Memory) -> dict[str, int]:
+    """What a device holds besides what the caching allocator hands out, by name."""
+    communicators = {"communicators": memory.communicators * COMMUNICATOR_BYTES} if memory.communicators else {}
+    return {"CUDA context": CONTEXT_BYTES} | communicators
+
+
+def _on_top(outside: Mapping[str, int]) -> dict[str, int]:
+    """The same, and the workspaces, which are not among what is known to be held."""
+    return {"CUDA context": outside["CUDA context"], "workspaces": WORKSPACE_BYTES, **outside}
+
+
+def _reserved(usages: Mapping[str, Mapping[str, Usage]]) -> dict[str, tuple[str, int]]:
+    """For each device of which it is known, the phase that reserves most and its bytes."""
+    return _highest({phase: {device: usage.reserved for device, usage in found.items()} for phase, found in usages.items()})
+
+
+def _reserved_room(
+    found: Memory, device: str, place: str, outside: Mapping[str, int], usable: int, margin: float, left_out: tuple[str, ...]
+) -> Room:
+    """A device of which it is known what is reserved; where that is too much, a device of its size may do with less."""
+    phase, nbytes = _reserved(found.reserved)[device]
+    retries, taken = 0, sum(outside.values())
+    if nbytes + taken > usable >= taken and found.run is not None:
+        limited = replay_run(found.run, found.allocator, Device(usable, taken))
+        if limited.out_of_memory is None:
+            of_run, nbytes = _reserved(limited.peaks)[device]
+            phase, retries = OPTIMIZER if of_run == FIRST_OPTIMIZER else of_run, limited.retries
+    tensors = found.by_device[phase].get(device, 0)
+    besides = outside if found.run is not None else _on_top(outside)  # a run has its workspaces among what is reserved
+    added = {"reserved beyond them": nbytes - tensors, **besides}
+    return _room(place, phase, tensors, added, usable, margin, left_out, retries)
 
 
 def _index(device: str) -> int:
@@ -224,8 +267,12 @@ def _uses_devices(memory: Memory) -> bool:
 
 def _peaks(memory: Memory) -> dict[str, tuple[str, int]]:
     """For each device, the phase that takes most of it and its bytes."""
+    return _highest(memory.by_device)
+
+
+def _highest(phases: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[str, int]]:
     found: dict[str, tuple[str, int]] = {}
-    for phase, devices in memory.by_device.items():
+    for phase, devices in phases.items():
         for device, nbytes in devices.items():
             if device not in found or nbytes > found[device][1]:
                 found[device] = (phase, nbytes)
@@ -233,10 +280,17 @@ def _peaks(memory: Memory) -> dict[str, tuple[str, int]]:
 
 
 def _room(
-    place: str, phase: str, tensors: int, added: Mapping[str, int], usable: int, margin: float, left_out: tuple[str, ...]
+    place: str,
+    phase: str,
+    tensors: int,
+    added: Mapping[str, int],
+    usable: int,
+    margin: float,
+    left_out: tuple[str, ...],
+    retries: int = 0,
 ) -> Room:
     needed = tensors + sum(added.values())
-    return Room(place, phase, tensors, added, -int(-needed * margin // 1), usable, left_out)
+    return Room(place, phase, tensors, added, -int(-needed * margin // 1), usable, left_out, retries)
 
 
 def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
@@ -244,6 +298,8 @@ def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
     if "step" not in memory.by_device:
         phases = ", ".join(memory.by_device)
         yield f"without a workload only {phases} are looked at: running the model, its inputs and activations come on top"
+    if memory.allocator is not None and any(memory.reserved.values()):
+        yield f"on CUDA devices what the caching allocator reserves counts, by its rules ({memory.allocator.describe()})"
     if memory.left_out:
         yield f'{", ".join(memory.left_out)} are not counted, so that nothing better than "tight" can be said'
     if memory.ranks > 1 and not cluster.is_mixed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,14 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..planner.allocations import Kind, Timeline
 from ..planner.decisions import Decisions
 from ..planner.inference import Inference
-from ..tracer.errors import DecisionError
 from .allocations import Allocations
 from .build import Build
+from .cuda_kernels import cuda_kernels
 from .example_inputs import example_inputs
-from .fake_step import _generators_kept, _named, _sequences_not_packed, _values_looked_at, device_of
+from .fake_step import _generators_kept, _named, _sequences_not_packed, _values_looked_at, device_of, step_module
 from .fake_tensors import fake_inputs, make_fake, tensors_of
 from .inference_step import run_inference
-from .meta import forget, meta_module
 
 
 def fake_inference(build: Build, decisions: Decisions, inference: Inference) -> Timeline:
@@ -28,10 +28,7 @@ def fake_inference(build: Build, decisions: Decisions, inference: Inference) -> 
     The module's own code runs on fake tensors, on the device that the plan moves it to. Raises `DecisionError` for inputs that
     cannot be made, and `MemoryRunError` where forward looks at values, which fake tensors do not have.
     """
-    module = meta_module(build, decisions)
-    if not isinstance(module, nn.Module):
-        raise DecisionError(f"the constructor returns a {type(module).__name__}, and serving needs one nn.Module")
-    forget(module)
+    module = step_module(build, decisions)
     return run_fake_inference(module, example_inputs(module, inference), inference, device_of(build, decisions))
 
 
@@ -44,7 +41,8 @@ def run_fake_inference(module: nn.Module, inputs: Any, inference: Inference, dev
         for name, tensor in _tensors_within(value):
             found.label(tensor, kind, name)
 
-    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), mode:
+    chosen = cuda_kernels() if device.startswith("cuda") else nullcontext()
+    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), chosen, mode:
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):

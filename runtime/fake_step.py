@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten_with_path
 
-from ..planner.allocations import Timeline
+from ..planner.allocations import FIRST_OPTIMIZER, OPTIMIZER, Timeline
 from ..planner.decisions import Decisions, Move
 from ..planner.workload import Implementation, Training
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
 from .build import Build
+from .cuda_kernels import cuda_kernels
 from .example_inputs import example_inputs
 from .fake_tensors import fake_inputs, make_fake, tensors_of
 from .meta import forget, meta_module
@@ -40,31 +41,48 @@ def fake_step(build: Build, decisions: Decisions, training: Training) -> Timelin
     Raises `DecisionError` for a plan that is not of one device, and for inputs that cannot be made; `MemoryRunError` where the
     step looks at values, which fake tensors do not have.
     """
-    check_whole(decisions)
+    check_one_device(decisions)
     device = device_of(build, decisions)
+    module = step_module(build, decisions)
+    inputs = example_inputs(module, training)
+    return run_fake(module, inputs, with_implementation(training, device), device)
+
+
+def step_module(build: Build, decisions: Decisions) -> nn.Module:
+    """The plan's module, of meta tensors that remember nothing."""
     module = meta_module(build, decisions)
     if not isinstance(module, nn.Module):
         raise DecisionError(f"the constructor returns a {type(module).__name__}, and a training step needs one nn.Module")
     forget(module)
-    inputs = example_inputs(module, training)
-    return run_fake(module, inputs, _with_implementation(training, device), device)
+    return module
 
 
-def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _HOST) -> Timeline:
-    """The same for a module of meta tensors, which it puts fake tensors into, and given inputs."""
-    found = Allocations(on_cpu=device == _HOST)
+def run_fake(
+    module: nn.Module,
+    inputs: Any,
+    training: Training,
+    device: str = _HOST,
+    offload: bool = False,
+    around: Callable[[Allocations], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> Timeline:
+    """The same for a module of meta tensors, which it puts fake tensors into, and given inputs.
+
+    With `offload`, parameters, gradients and the optimizer are in host memory. The run goes on within what `around` gives.
+    """
+    found = Allocations(device == _HOST, (FIRST_OPTIMIZER, OPTIMIZER) if offload else ())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     optimizers: list[torch.optim.Optimizer] = []
 
     def phase(name: str) -> None:
-        _label_gradients(found, module)
+        _label_gradients(found, module, offload)
         found.phase(name)
 
-    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), mode:
+    chosen = cuda_kernels() if device.startswith("cuda") else nullcontext()
+    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), chosen, around(found), mode:
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):
-            found.label(tensor, kind, name)
+            found.label(tensor, kind, name, on_host=offload and kind == "parameter")
         for name, tensor in _named(faked):
             found.label(tensor, "input", name)
         handles = found.follow(module)
@@ -74,15 +92,14 @@ def run_fake(module: nn.Module, inputs: Any, training: Training, device: str = _
         finally:
             for handle in handles:
                 handle.remove()
-        _label_state(found, module, optimizers[0], training.implementation == "fused")
+        _label_state(found, module, optimizers[0], offload, training.implementation == "fused")
     return found.timeline(device, _HOST)
 
 
-def check_whole(decisions: Decisions) -> None:
-    """Raise `DecisionError` for a plan whose module does not run whole, on one device, as it is traced."""
-    for name in ("sharding", "placing", "quantizing"):
+def check_one_device(decisions: Decisions) -> None:
+    """Raise `DecisionError` for a plan whose module runs on several devices of a process, or not as it is traced."""
+    for name, done in (("placing", "places tensors on several devices"), ("quantizing", "quantizes")):
         if getattr(decisions, name):
-            done = {"sharding": "shards", "placing": "places tensors on several devices", "quantizing": "quantizes"}[name]
             raise DecisionError(f'the plan {done}, and tier="T1" runs the step of one device; ask for tier="T0"')
 
 
@@ -93,7 +110,7 @@ def device_of(build: Build, decisions: Decisions) -> str:
     return "cuda:0" if device == "cuda" else device
 
 
-def _with_implementation(training: Training, device: str) -> Training:
+def with_implementation(training: Training, device: str) -> Training:
     """What torch takes on the plan's device, said in so many words, as the run is on the CPU."""
     chosen: Implementation = "foreach" if device.startswith("cuda") else "for-loop"
     return training if training.implementation is not None else replace(training, implementation=chosen)
@@ -109,19 +126,19 @@ def _named(inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), value
 
 
-def _label_gradients(found: Allocations, module: nn.Module) -> None:
+def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> None:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
-            found.label(parameter.grad, "gradient", name)
+            found.label(parameter.grad, "gradient", name, on_host=offload)
 
 
-def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
     """Adam's step counts stay in host memory, unless its kernels are fused (torch/optim/adam.py `_init_group`)."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
-                found.label(value, "optimizer state", names[id(parameter)], on_host=key == "step" and not fused)
+                found.label(value, "optimizer state", names[id(parameter)], on_host=offload or (key == "step" and not fused))
 
 
 # -- the surroundings of a run ------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from ..planner.allocations import Kind
+from .placing import wrapped
+from .regions import local_of
 
 CPU = torch.device("cpu")
 
@@ -26,6 +28,13 @@ def fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     if not value.is_meta:
         elem = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return FakeTensor(mode, elem, CPU).requires_grad_(value.requires_grad)
+
+
+def fake_local(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    """A DTensor of meta with what this rank holds in fake memory of its own: it may be a view of the whole, or padded."""
+    local = local_of(value)
+    alone = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device="meta")
+    return wrapped(value, fake(mode, alone)).requires_grad_(value.requires_grad)
 
 
 def fake_inputs(mode: FakeTensorMode, inputs: Any) -> Any:
@@ -39,7 +48,8 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
     def changed(value: torch.Tensor) -> torch.Tensor:
         if id(value) not in known:  # the original is kept beside, so that its id is not given to another
-            known[id(value)] = (value, _parameter_like(value, fake(mode, value)))
+            is_dtensor = local_of(value) is not value
+            known[id(value)] = (value, fake_local(mode, value) if is_dtensor else _parameter_like(value, fake(mode, value)))
         return known[id(value)][1]
 
     for each in module.modules():

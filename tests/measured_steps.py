@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import groundplan as gp
 from groundplan.planner.allocations import START
 from groundplan.runtime.example_inputs import example_inputs
+from groundplan.runtime.meta import forget
 from groundplan.runtime.training_step import run_training
 
 _MARK = 2**30  # bytes; memory of such sizes, which nobody touches, stands between the phases
@@ -45,8 +46,11 @@ def plain_kernels() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def measured_peaks(plan: gp.Plan, training: gp.Training) -> dict[str, int]:
-    """The bytes of each phase of a real run of `training`: the running sum of the profiler's memory events."""
+def measured_peaks(plan: gp.Plan, training: gp.Training, **options: Any) -> dict[str, int]:
+    """The bytes of each phase of a real run of `training`: the running sum of the profiler's memory events.
+
+    `options` are for `materialize`.
+    """
     phases = [START]
     gc.collect()  # of earlier runs, which would go during this one
 
@@ -55,7 +59,8 @@ def measured_peaks(plan: gp.Plan, training: gp.Training) -> dict[str, int]:
         torch.empty(_MARK + len(phases) - 1, dtype=torch.uint8)
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        module = plan.materialize(seed=0, progress=False)
+        module = plan.materialize(seed=0, progress=False, **options)
+        forget(module)  # where it remembers the plan, it keeps states of generators
         inputs = example_inputs(module, training)
         gc.collect()
         run_training(module, inputs, replace(training, implementation=training.implementation or "for-loop"), phase)
