@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
 from .planner.inference import Inference
-from .planner.inference_memory import inference_memory, weights_alone
+from .planner.inference_memory import by_rule, inference_memory, weights_alone
 from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
@@ -132,7 +133,7 @@ class Plan:
         `tier="T2"` replays that run through the rules of CUDA's caching allocator: `reserved` beside active bytes.
 
         With `gp.Inference` every tier runs forward on fake tensors, for the prompt and for tokens after it: about two seconds for
-        80 layers. What a plan shards, places or quantizes is applied to that run by rule, in T0 alone; T0 gives the weights alone
+        80 layers. In T0 what a plan shards, places or quantizes is applied to that run by rule, and the weights alone are given
         where forward looks at values.
 
         `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
@@ -453,19 +454,19 @@ class Plan:
 
 
 def _serving(build: Build, decisions: Decisions, inference: Inference, tier: Tier, allocator: Allocator) -> Memory:
-    """The memory of serving, from a run of it; in T0 of a plan that is none of one device by rule, or of the weights alone."""
-    from .runtime.fake_inference import fake_inference
+    """The memory of serving, from a run of it: in T0 of the module whole, and by rule; else of each rank as it is."""
+    from .runtime.fake_inference import fake_inference, fake_rank_inference
     from .runtime.fake_step import check_one_device
 
-    if tier != "T0":
-        check_one_device(decisions)
-    try:
-        run = fake_inference(build, decisions, inference)
-    except MemoryRunError as error:
-        if tier != "T0":
-            raise
-        return weights_alone(build.graph, decisions, str(error))
-    return replace(inference_memory(build.graph, decisions, inference, run, allocator), tier=tier)
+    if tier == "T0":
+        try:
+            run = fake_inference(build, decisions, inference)
+        except MemoryRunError as error:
+            return weights_alone(build.graph, decisions, str(error))
+        return replace(by_rule(build.graph, decisions, inference, run, allocator), tier=tier)
+    check_one_device(decisions)
+    runs = functools.partial(fake_rank_inference, build, decisions, inference)
+    return replace(inference_memory(build.graph, decisions, inference, runs, allocator), tier=tier)
 
 
 def _name_of(build: Callable[..., Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..tracer.graph import ParamGraph
@@ -21,31 +21,45 @@ def inference_memory(
     graph: ParamGraph,
     decisions: Decisions,
     inference: Inference,
-    run: Timeline,
-    allocator: Allocator | None = None,
+    runs: Callable[[int], Timeline],
+    allocator: Allocator,
+    left_out: tuple[str, ...] = (),
     rank: int = 0,
 ) -> Memory:
-    """The memory of serving by `decisions`, of one rank if they shard; `run` is one of the module whole, on one device.
+    """The memory of serving by `decisions`, of one rank if they shard; `runs` gives each rank's run, by rule or as it was.
 
     What is reserved on CUDA devices is there in every tier: a cache that grows leaves holes. Raises what `memory` raises.
     """
-    used, planned = allocator or Allocator(), as_planned(run, graph, decisions, rank)
-    weights = memory(graph, decisions).rank(rank)
-    by_device = _with_steps(weights, {phase: planned.peaks[phase] for phase in (FIRST_STEP, STEP)})
+    run, weights = runs(rank), memory(graph, decisions).rank(rank)
+    by_device = _with_steps(weights, {phase: run.peaks[phase] for phase in (FIRST_STEP, STEP)})
     found = replace(
         weights,
         by_device=by_device,
-        binding=_binding(by_device, planned, weights),
+        binding=_binding(by_device, run, weights),
         notes=(*weights.notes, *_notes(decisions, inference)),
         of_rank=None,
-        left_out=tuple(_left_out(decisions, planned)),
-        run=planned,
+        left_out=(*left_out, *left_out_of(each.op for each in run.allocations if is_cuda(each.device))),
+        run=run,
     )
     if any(map(is_cuda, found.devices)):
-        held = _sums(each for each in planned.allocations if each.kind in ("parameter", "buffer"))
-        found = replace(with_reserved(found, graph, decisions, None, used, rank), certain=held)
-    of_rank = None if found.ranks == 1 else lambda index: inference_memory(graph, decisions, inference, run, used, index)
-    return replace(found, of_rank=of_rank)
+        held = _sums(each for each in run.allocations if each.kind in ("parameter", "buffer"))
+        found = replace(with_reserved(found, graph, decisions, None, allocator, rank), certain=held)
+
+    def of_rank(index: int) -> Memory:
+        return inference_memory(graph, decisions, inference, runs, allocator, left_out, index)
+
+    return found if found.ranks == 1 else replace(found, of_rank=of_rank)
+
+
+def by_rule(graph: ParamGraph, decisions: Decisions, inference: Inference, run: Timeline, allocator: Allocator) -> Memory:
+    """The same with the plan applied by rule to `run`, which is one of the module whole, on one device."""
+    sharding = decisions.sharding
+    gathers = sharding is not None and sharding.size("shard") > 1
+    left_out = ("gathered units", "communication buffers") if gathers else ()
+    found = inference_memory(
+        graph, decisions, inference, lambda rank: as_planned(run, graph, decisions, rank), allocator, left_out
+    )
+    return replace(found, notes=(*found.notes, *_rule_notes(decisions)))
 
 
 def _with_steps(weights: Memory, steps: Mapping[str, Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
@@ -76,13 +90,6 @@ def _binding(by_device: Mapping[str, Mapping[str, int]], run: Timeline, weights:
     return Binding(phase, device, by_device[phase][device], largest_of(run.at_peak(phase, device)))
 
 
-def _left_out(decisions: Decisions, run: Timeline) -> Iterator[str]:
-    """Units that FSDP gathers, and what is not known of CUDA's kernels."""
-    if decisions.sharding is not None and decisions.sharding.size("shard") > 1:
-        yield "gathered units"
-    yield from left_out_of(each.op for each in run.allocations if is_cuda(each.device))
-
-
 def _sums(allocations: Iterable[Allocation]) -> dict[str, int]:
     found: dict[str, int] = {}
     for each in allocations:
@@ -96,6 +103,9 @@ def _sums(allocations: Iterable[Allocation]) -> dict[str, int]:
 def _notes(decisions: Decisions, inference: Inference) -> Iterator[str]:
     yield "first_step and step are from a run of forward on fake tensors, in every tier"
     yield f"{FIRST_STEP} reads the prompt, {STEP} decodes the last of {inference.new_tokens} new; checkpoint saves the weights"
+
+
+def _rule_notes(decisions: Decisions) -> Iterator[str]:
     if decisions.quantizing:
         yield "inference: layers compute as they do unquantized, and the largest weight is converted back whole while it does"
     if decisions.placing is not None:

@@ -1,13 +1,14 @@
 """Whether a plan fits a cluster: tensors, what CUDA and the libraries take besides, and a margin, against usable bytes.
 
 A wrong "fits" is the worst error. What comes on top of tensors is therefore taken at the upper end of what has been reported, a
-margin covers what the closed form cannot know, and where the prediction leaves something out, "fits" is never said.
+margin covers what the closed form cannot know, and where the prediction leaves something out, "fits" is never said. Of serving
+the weights need no margin (docs/decisions/023-serving.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..tracer.errors import DecisionError
@@ -184,7 +185,8 @@ def _device_rooms(found: Memory, rank: int, whole: Memory, cluster: Cluster, mar
             kind, outside = cluster.devices[index], _outside(whole)
             place = f"{f'rank {rank}' if whole.ranks > 1 else device} on {kind.name}"
             if device in _reserved(found.reserved):
-                yield _reserved_room(found, device, place, outside, kind.memory, margin, whole.left_out)
+                room = _reserved_room(found, device, place, outside, kind.memory, margin, whole.left_out)
+                yield _with_certain(room, found.certain.get(device, 0), margin)
             else:
                 yield _room(place, phase, nbytes, _on_top(outside), kind.memory, margin, whole.left_out)
 
@@ -220,6 +222,11 @@ def _reserved_room(
     besides = outside if found.run is not None else _on_top(outside)  # a run has its workspaces among what is reserved
     added = {"reserved beyond them": nbytes - tensors, **besides}
     return _room(place, phase, tensors, added, usable, margin, left_out, retries)
+
+
+def _with_certain(room: Room, certain: int, margin: float) -> Room:
+    """With a margin for what is not certain alone: what is reserved for weights is known."""
+    return replace(room, margin=_share(room.needed - certain, margin))
 
 
 def _index(device: str) -> int:
@@ -290,11 +297,16 @@ def _room(
     retries: int = 0,
 ) -> Room:
     needed = tensors + sum(added.values())
-    return Room(place, phase, tensors, added, -int(-needed * margin // 1), usable, left_out, retries)
+    return Room(place, phase, tensors, added, _share(needed, margin), usable, left_out, retries)
+
+
+def _share(nbytes: int, margin: float) -> int:
+    return -int(-nbytes * margin // 1)
 
 
 def _notes(memory: Memory, cluster: Cluster, margin: float) -> Iterator[str]:
-    yield f'"fits" keeps {margin:.0%} of what is needed free besides; "tight" does not'
+    beside = " beside the weights" if memory.certain else ""
+    yield f'"fits" keeps {margin:.0%} of what is needed{beside} free besides; "tight" does not'
     if "step" not in memory.by_device:
         phases = ", ".join(memory.by_device)
         yield f"without a workload only {phases} are looked at: running the model, its inputs and activations come on top"

@@ -11,10 +11,9 @@ not run: the step is that of one device, and the reducer's buckets are added (`d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 from torch import nn
@@ -50,17 +49,23 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
     inputs = example_inputs(module, training)
     training = with_implementation(training, _HOST if sharding.offload else device)
 
+    with fake_world(sharding.ranks, rank):
+        if training.checkpointing == "full":
+            checkpoint_layers(module)
+        apply_sharding(module, sharding, build.graph, mesh_of(sharding, _HOST))
+        return run_fake(module, inputs, replace(training, checkpointing="none"), device, copied, followed_rank(module, copied))
+
+
+def followed_rank(module: nn.Module, copied: bool) -> Callable[[Allocations], AbstractContextManager[None]]:
+    """What surrounds a run of a rank's `module`, so that what FSDP2, DTensor and gloo allocate is known for what it is."""
+
     @contextmanager
     def around(found: Allocations) -> Iterator[None]:
         found.collective_scratch = gloo_scratch_bytes
         with _propagation_apart(), fsdp_followed(found, module, copied):
             yield
 
-    with fake_world(sharding.ranks, rank):
-        if training.checkpointing == "full":
-            checkpoint_layers(module)
-        apply_sharding(module, sharding, build.graph, mesh_of(sharding, _HOST))
-        return run_fake(module, inputs, replace(training, checkpointing="none"), device, copied, around)
+    return around
 
 
 @contextmanager

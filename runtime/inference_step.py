@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,12 +26,19 @@ Kept = Callable[[str, Any], None]
 
 
 def run_inference(
-    module: nn.Module, inputs: Any, inference: Inference, phase: Callable[[str], None], kept: Kept, every: bool = True
+    module: nn.Module,
+    inputs: Any,
+    inference: Inference,
+    phase: Callable[[str], None],
+    kept: Kept = lambda kind, value: None,
+    every: bool = True,
+    on_cuda: bool = False,
 ) -> None:
     """Read the prompt and decode `inference.new_tokens` after it; `phase` is called with the name of each phase as it begins.
 
     Where `every` is not set, only the first and the last token are decoded by themselves; those between them go through at once,
     in a phase of their own, and leave a cache of the same size. A module that gives no cache runs forward once more instead.
+    `on_cuda` has it decode as `generate` does there.
     """
     module.eval()
     model = _Model(module)
@@ -46,14 +53,29 @@ def run_inference(
             model.run(arguments)
             return
         kept("KV cache", cache)
-        for name, count in _forwards(inference.new_tokens, every):
-            token = _next_token(output).expand(-1, count)
-            del output  # its logits may be large
-            phase(name)
-            arguments = model.further(arguments, cache, token)
-            output = model.run(arguments)
-            cache = model.cache_of(output)
-            kept("KV cache", cache)
+        with _experts_by_batch(module) if on_cuda else nullcontext():
+            for name, count in _forwards(inference.new_tokens, every):
+                token = _next_token(output).expand(-1, count)
+                del output  # its logits may be large
+                phase(name)
+                arguments = model.further(arguments, cache, token)
+                output = model.run(arguments)
+                cache = model.cache_of(output)
+                kept("KV cache", cache)
+
+
+@contextmanager
+def _experts_by_batch(module: Any) -> Iterator[None]:
+    """Have experts copy the weights that each token needs, as transformers' `_optimize_model_for_decode` does off the CPU."""
+    before = module.get_experts_implementation() if hasattr(module, "get_experts_implementation") else {}
+    if "grouped_mm" not in before.values():
+        yield
+        return
+    module.set_experts_implementation({key: "batched_mm" if value == "grouped_mm" else value for key, value in before.items()})
+    try:
+        yield
+    finally:
+        module.set_experts_implementation(before)
 
 
 def _forwards(new: int, every: bool) -> Iterator[tuple[str, int]]:
