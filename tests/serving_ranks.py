@@ -1,7 +1,7 @@
 """Serving of sharded plans by real processes: `torchrun --nproc-per-node 2 -m tests.serving_ranks FOLDER` is one job.
 
-Each rank serves every case for real, on the CPU over gloo, and writes the bytes of each phase, and those of a fake run of the same
-rank beside them, to `FOLDER/RANK.json`.
+Each rank serves every case for real, on the CPU over gloo, and writes the bytes of each phase, and those of a fake run of the
+same rank beside them, to `FOLDER/RANK.json`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import groundplan as gp
-from groundplan.planner.allocations import FIRST_STEP, START, STEP, Allocation, Moment, Timeline
+from groundplan.planner.allocations import FIRST_STEP, START, STEP, Allocation, Timeline
 from groundplan.planner.allocator_driver import Device
 from groundplan.planner.replayed_run import Allocator, replay_run
 
@@ -62,8 +62,8 @@ def test_a_fake_run_takes_what_a_real_one_does(model: str, dtype: torch.dtype) -
         {"new_tokens": 4},
         {"cache": "static", "new_tokens": 5},
         {"autocast": BF16},
-        {"inputs": (torch.ones(3, 7, dtype=torch.int64),)},
-        {"inputs": {"input_ids": torch.ones(3, 7, dtype=torch.int64), "position_ids": torch.arange(7)[None]}},
+        {"inputs": lambda: (torch.ones(3, 7, dtype=torch.int64),)},
+        {"inputs": lambda: {"input_ids": torch.ones(3, 7, dtype=torch.int64), "position_ids": torch.arange(7)[None]}},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -96,8 +96,9 @@ def test_the_cache_has_a_kind_of_its_own(cache: Any) -> None:
     plan, inference = served("Llama", new_tokens=5, cache=cache)
     run = run_of(plan.memory(inference))
     a_token = 2 * 2 * 2 * 2 * 8 * 4  # keys and values, layers, prompts, heads of keys, of 8 float32 each
-    assert run.by_kind(FIRST_STEP, "cpu")["KV cache"] == (16 if cache == "dynamic" else 21) * a_token
-    assert sum(each.nbytes for each in held_in_the_end(run) if each.kind == "KV cache") == 21 * a_token
+    counts = 2 * 8  # of a static cache's tokens, one for each layer
+    assert run.by_kind(FIRST_STEP, "cpu")["KV cache"] == (16 * a_token if cache == "dynamic" else 21 * a_token + counts)
+    assert sum(each.nbytes for each in held_in_the_end(run) if each.kind == "KV cache") == 21 * a_token + (cache == "static") * counts
     assert run.by_kind(STEP, "cpu")["parameter"] == sum(each.nbytes for each in plan.graph.parameters)
 
 
@@ -133,7 +134,6 @@ def test_phases_and_tiers() -> None:
     assert found.binding.phase == FIRST_STEP and found.binding.bytes == found.peak
     shown = found.to_json()
     assert json.loads(json.dumps(shown)) == shown and sum(each["bytes"] for each in shown["at_peak"]) == found.peak
-    assert "does not fit" in str(plan.report(inference, cluster="1kB-cpu")) or True
 
 
 def test_nothing_is_allocated_and_no_generator_moves() -> None:
@@ -169,7 +169,9 @@ def test_tensor_parallelism_by_rule_is_what_a_rank_really_runs() -> None:
     plan = plan.shard({"tp": 2}, tensor="auto")
     for rank in (0, 1):
         by_rule, ran = (plan.memory(inference, tier=tier).rank(rank) for tier in ("T0", "T1"))
-        assert by_rule.by_device == ran.by_device and by_rule.left_out == ran.left_out == ()
+        for phase, nbytes in ran.phases.items():
+            assert by_rule.phases[phase] == pytest.approx(nbytes, rel=0.002)  # gloo's own is in the run alone
+        assert by_rule.left_out == ran.left_out == ()
     whole = gp.trace(SERVED["Llama"]).memory(inference)
     ranks = run_of(plan.memory(inference)).by_kind(STEP, "cpu")
     assert 2 * ranks["KV cache"] == run_of(whole).by_kind(STEP, "cpu")["KV cache"]
@@ -316,9 +318,10 @@ def test_llama_3_70b_fits_two_of_80_gb() -> None:
     plan = llama(**LLAMA_3_70B)
     halves = {"model.layers.0-39": "cuda:0", "model.embed_tokens": "cuda:0", "*": "cuda:1"}
     for each in (plan.to("cuda").shard({"tp": 2}, tensor="auto"), plan.place(halves)):
-        verdict = each.memory(CONTEXT).fits("2x80GB")
-        assert verdict.verdict == "fits" and verdict.binding.margin < 0.03 * verdict.binding.needed
-        assert each.memory(CONTEXT).fits("2x74GB").verdict == "does not fit"
+        memory = each.memory(CONTEXT)
+        room = memory.fits("2x80GB").binding
+        assert room.verdict == "fits" and room.margin < 0.03 * room.needed
+        assert memory.fits("2x74GB").verdict == "does not fit"
 
 
 def grown(run: Timeline, share: float) -> Timeline:
@@ -332,16 +335,16 @@ def grown(run: Timeline, share: float) -> Timeline:
 
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 2000), (4, 512), (16, 64), (1, 64)])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_what_is_said_to_fit_does_when_all_but_the_weights_takes_a_tenth_more(batch_size: int, seq_len: int, cache: Any) -> None:
+def test_what_is_said_to_fit_does_when_all_but_the_weights_takes_a_fifth_more(batch_size: int, seq_len: int, cache: Any) -> None:
     """On the smallest device of which it is said, in the allocator's rules."""
     plan = llama(**LLAMA_3_8B | {"num_hidden_layers": 4, "vocab_size": 4096}).to("cuda")
     memory = plan.memory(gp.Inference(batch_size=batch_size, seq_len=seq_len, cache=cache, new_tokens=8))
-    low, high = int(1e9), int(40e9)
+    low, high = 2 * 10**9, 40 * 10**9
     while high - low > 2**22:
         usable = (low + high) // 2
-        low, high = (low, usable) if memory.fits(f"{usable}B") else (usable, high)
-    outside = memory.fits(f"{high}B").binding.added["CUDA context"]
-    assert replay_run(grown(run_of(memory), 1.1), Allocator(), Device(high, outside)).out_of_memory is None
+        low, high = (low, usable) if memory.fits(f"{usable / 1e9:.3f}GB") else (usable, high)
+    outside = memory.fits(f"{high / 1e9:.3f}GB").binding.added["CUDA context"]
+    assert replay_run(grown(run_of(memory), 1.2), Allocator(), Device(high, outside)).out_of_memory is None
 
 
 def test_the_margin_is_of_what_is_not_certain() -> None:
