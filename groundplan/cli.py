@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +25,13 @@ from rich.markup import escape
 
 import groundplan as gp
 
+from . import cli_options as options
 from .doctor import examine
 from .planner.cluster import cluster_of
 from .planner.memory import human_bytes
-from .planner.workload import COPIES
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
 from .spec import Spec, offline, parse_spec
-from .tracer.errors import DecisionError, GroundplanError, MaterializeError, SpecError, nearest
+from .tracer.errors import GroundplanError, MaterializeError, SpecError
 
 app = typer.Typer(
     name="groundplan",
@@ -85,10 +85,18 @@ def report(
     kwargs: KwargsOption = "{}",
     dtype: DtypeOption = None,
     device: DeviceOption = None,
-    train: Annotated[
-        str | None,
-        typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(COPIES)}."),
-    ] = None,
+    train: options.Train = None,
+    batch_size: options.BatchSize = None,
+    seq_len: options.SeqLen = None,
+    autocast: options.Autocast = None,
+    checkpointing: options.Checkpointing = None,
+    clip_grad_norm: options.Clip = None,
+    tier: options.TierOption = "T0",
+    allocator: options.AllocatorOption = None,
+    shard: options.Shard = None,
+    tensor: options.Tensor = None,
+    compute_dtype: options.ComputeDtype = None,
+    reduce_dtype: options.ReduceDtype = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -99,27 +107,41 @@ def report(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it as one page for a browser, too; the page loads nothing.")
     ] = None,
+    svg: options.Svg = None,
+    png: options.Png = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
-    workload = gp.Training(optimizer=train) if train else None
+    workload = options.training(
+        train,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        autocast=autocast,
+        checkpointing=checkpointing,
+        clip_grad_norm=clip_grad_norm,
+    )
+    sharded = options.sharded(shard, tensor, compute_dtype, reduce_dtype)
+    chosen = options.tier(tier, workload, allocator)
     machine = cluster_of(cluster) if cluster is not None else None
     device = "cuda" if device is None and machine is not None and machine.devices else device
     with _session(spec, kwargs) as parsed:
-        found = _plan(parsed, dtype, device).report(workload, machine)
-    if html is not None:
-        _write_page(found, html)
+        plan = _plan(parsed, dtype, device)
+        plan = plan if sharded is None else sharded.of(plan)
+        found = plan.report(workload, machine, tier=chosen, allocator=allocator)
+    for write, path in ((found.to_html, html), (found.to_svg, svg), (found.to_png, png)):
+        if path is not None:
+            _write(write, path)
     if as_json:
         _print_json({"spec": parsed.name, **found.to_json(), "memory": found.memory.to_json()})
     else:
         typer.echo(str(found))
 
 
-def _write_page(found: gp.Report, path: Path) -> None:
+def _write(write: Callable[[Path], None], path: Path) -> None:
     try:
-        found.to_html(path)
+        write(path)
     except OSError as error:
-        raise _FileError(f"the page cannot be written: {error}") from error
+        raise _FileError(f"{path} cannot be written: {error}") from error
 
 
 @app.command()
@@ -244,17 +266,8 @@ def _json_object(text: str) -> dict[str, Any]:
 def _plan(spec: Spec, dtype: str | None, device: str | None) -> gp.Plan:
     with _constructing(spec.name):
         plan = gp.trace(spec.build, *spec.args, **spec.kwargs)
-    plan = plan.cast(_dtype(dtype)) if dtype else plan
+    plan = plan.cast(options.dtype("--dtype", dtype)) if dtype else plan
     return plan.to(device) if device else plan
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if isinstance(found, torch.dtype) and found.is_floating_point:
-        return found
-    floating = [str(value)[6:] for value in vars(torch).values() if isinstance(value, torch.dtype) and value.is_floating_point]
-    hint = nearest(name, sorted(set(floating))) or "; write bfloat16, float16 or float32"
-    raise DecisionError(f"--dtype {name!r} is no floating-point dtype of torch{hint}")
 
 
 def _print_json(value: Mapping[str, Any]) -> None:

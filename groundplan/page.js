@@ -75,10 +75,10 @@ const seriesOf = (drawing) => {
 for (const drawing of document.querySelectorAll("svg.timeline")) {
   const series = seriesOf(drawing);
   const line = drawing.parentNode.querySelector("output");
-  const spans = [...drawing.querySelectorAll("g[data-phase]")].map((each) => [Number(each.dataset.x), Number(each.dataset.width)]);
+  const spans = [...drawing.querySelectorAll("[data-phase]")].map((each) => [Number(each.dataset.x), Number(each.dataset.width)]);
   const [left, right] = [spans[0][0], spans[spans.length - 1][0] + spans[spans.length - 1][1]];
   const [, , , height] = drawing.getAttribute("viewBox").split(" ").map(Number);
-  const cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
+  const cursor = drawing.querySelector("line").cloneNode();
   for (const [name, value] of Object.entries({ y1: 20, y2: height - 40, class: "cursor", visibility: "hidden" })) {
     cursor.setAttribute(name, value);
   }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from .fold import fold_names
 from .markup import Markup, element
-from .page_parts import bar, bytes_cell, count_cell, heading, section, swatch, table
+from .page_parts import bar, bytes_cell, count_cell, heading, section, square, swatch, table
 from .planner.allocations import Allocation
 from .planner.allocator_events import Usage
 from .planner.memory import Memory
@@ -26,7 +27,7 @@ _HOW = (
 )
 _HOW_T0 = "The tensors that the closed form knows of, phase by phase, each from its beginning to its end."
 _LARGEST = "Largest there, with what is held because of them: gradient, optimizer state, the copy being converted"
-_AT_PEAK = "What is there then: same origins together, the largest first; of a backward op, the forward op's line"
+_AT_PEAK = "What is there then, repeated layers together, the largest first; of a backward op the forward op's line"
 
 
 # -- by phase -----------------------------------------------------------------------------------------------------------
@@ -107,16 +108,18 @@ def _legend(series: Series) -> Markup:
 
 def _kinds(series: Series) -> Markup:
     """The numbers of the drawing: bytes of each kind where a phase's peak is."""
-    reserved = ["reserved"] if series.has_reserved else []
-    several = len(series.kinds) > 1
-    head = [heading("phase"), *(heading(name, True) for name in (*series.kinds, *["in all"] * several, *reserved))]
-    rows = []
-    for stretch in series.stretches:
-        point = stretch.peak
-        most = [max(each.reserved or 0 for each in stretch.points)] if reserved else []
-        cells = [bytes_cell(nbytes) for nbytes in (*point.held, *[point.total] * several, *most)]
-        rows.append(element("tr", element("th", stretch.phase, scope="row"), *cells))
+    peaks = [stretch.peak for stretch in series.stretches]
+    rows = [_kind(kind, [peak.held[number] for peak in peaks]) for number, kind in enumerate(series.kinds)]
+    if len(series.kinds) > 1:
+        rows.append(_kind("in all", [peak.total for peak in peaks]))
+    if series.has_reserved:
+        rows.append(_kind("reserved", [max(point.reserved or 0 for point in each.points) for each in series.stretches]))
+    head = [heading("kind"), *(heading(stretch.phase, True) for stretch in series.stretches)]
     return table(f"Bytes on {series.device} by kind, at each phase's peak", head, rows)
+
+
+def _kind(kind: str, sizes: Sequence[int]) -> Markup:
+    return element("tr", element("th", kind, scope="row"), *(bytes_cell(nbytes) for nbytes in sizes))
 
 
 # -- at the peak --------------------------------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ def peak(memory: Memory) -> Markup:
 
 
 class _Origin(NamedTuple):
-    """What allocations on one line have in common."""
+    """What allocations on one line have in common; `name` stands for all layers."""
 
     kind: str
     name: str
@@ -148,26 +151,36 @@ class _Origin(NamedTuple):
     source: str
 
 
-def _grouped(allocations: Sequence[Allocation]) -> list[tuple[_Origin, int, int]]:
-    """Origins with how many allocations they have and their bytes, the largest first."""
-    found: dict[_Origin, tuple[int, int]] = {}
-    for each in allocations:
-        origin = _Origin(each.kind, each.name or each.module, each.op, str(each.source) if each.source else "")
-        count, nbytes = found.get(origin, (0, 0))
-        found[origin] = count + 1, nbytes + each.nbytes
-    ranked = sorted(found.items(), key=lambda pair: (-pair[1][1], pair[0]))
-    return [(origin, count, nbytes) for origin, (count, nbytes) in ranked]
+class _Group(NamedTuple):
+    """Allocations of one origin: how many, and their bytes."""
+
+    origin: _Origin
+    pieces: int
+    nbytes: int
 
 
-def _allocations(groups: Sequence[tuple[_Origin, int, int]]) -> Iterator[Markup]:
+def _grouped(allocations: Sequence[Allocation]) -> list[_Group]:
+    """The groups, the largest first."""
+    keys = [(each.kind, each.op, str(each.source) if each.source else "") for each in allocations]
+    found = []
+    for fold in fold_names([each.name or each.module for each in allocations], keys):
+        kind, op, source = keys[fold.members[0]]
+        nbytes = sum(allocations[member].nbytes for member in fold.members)
+        found.append(_Group(_Origin(kind, fold.name, op, source), fold.count, nbytes))
+    return sorted(found, key=lambda group: (-group.nbytes, group.origin))
+
+
+def _allocations(groups: Sequence[_Group]) -> Iterator[Markup]:
     names = ("kind", "tensor or module", "op", "source", "count", "bytes")
     head = [heading(name, name in ("count", "bytes"), sort=True) for name in names]
-    rows, whole = [], groups[0][2]
-    for origin, count, nbytes in groups[:_SHOWN_ALLOCATIONS]:
-        where = element("td", origin.name, class_="name")
-        cells = [element("td", origin.kind), where, element("td", element("code", origin.op)), element("td", origin.source)]
-        rows.append(element("tr", *cells, count_cell(count), bytes_cell(nbytes), bar([(nbytes, class_of(origin.kind))], whole)))
-    yield table(_AT_PEAK, [*head, heading("")], rows)
+    rows = []
+    for origin, pieces, nbytes in groups[:_SHOWN_ALLOCATIONS]:
+        cells = [element("td", square(class_of(origin.kind)), origin.kind), element("td", origin.name, class_="name")]
+        cells += [element("td", element("code", origin.op), class_="op"), element("td", origin.source, class_="source")]
+        rows.append(element("tr", *cells, count_cell(pieces), bytes_cell(nbytes)))
+    yield table(_AT_PEAK, head, rows)
     rest = groups[_SHOWN_ALLOCATIONS:]
     if rest:
-        yield element("p", f"… and {len(rest):,} more, {format_bytes(sum(each[2] for each in rest))}, all in the page's JSON.")
+        yield element(
+            "p", f"… and {len(rest):,} more, {format_bytes(sum(each.nbytes for each in rest))}, all in the page's JSON."
+        )

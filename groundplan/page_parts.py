@@ -57,7 +57,18 @@ def bar(pieces: Sequence[tuple[int, str]], whole: int, limit: int | None = None)
     return element("td", drawing, class_="bar")
 
 
+def square(kind: str) -> Markup:
+    """A square in the color of the class `kind`."""
+    return element(
+        "svg",
+        element("rect", width=10, height=10, class_=kind),
+        viewBox="0 0 10 10",
+        class_="swatch",
+        aria_hidden="true",
+        focusable="false",
+    )
+
+
 def swatch(kind: str, text: str) -> Markup:
     """An entry of a legend: a square of the class `kind`, and what it stands for."""
-    square = element("svg", element("rect", width=10, height=10, class_=kind), viewBox="0 0 10 10", aria_hidden="true")
-    return element("li", square, text)
+    return element("li", square(kind), text)

@@ -42,7 +42,7 @@ COLORS = {
     "KV cache": Color("#882255", "#b23a76"),
     "gathered parameter": Color("#aa4499", "#d06cc0"),
     "communication buffer": Color("#117733", "#1e8c45"),
-    "temporary": Color("#b5b9bf", "#7b828b"),
+    "temporary": Color("#c8ccd1", "#c8ccd1"),
     TENSORS: Color("#4a7ebb", "#5b93d3"),
 }
 """After Paul Tol's "muted" scheme (2021), made to be told apart with any color vision."""
@@ -125,7 +125,7 @@ def _step(top: float) -> float:
 
 
 def drawing(series: Series, name: str = "", legend: bool = True, **attributes: str | int) -> Markup:
-    """The SVG of a series; `name` says whose memory it is, `legend` whether the kinds are explained in it."""
+    """The SVG of a series, to be part of HTML; `name` says whose memory it is, `legend` whether the kinds are explained in it."""
     placed = frame(series)
     shown = [kind for number, kind in enumerate(series.kinds) if _occurs(series, number)]
     explained = list(_legend(shown, series.has_reserved)) if legend else []
@@ -143,7 +143,6 @@ def drawing(series: Series, name: str = "", legend: bool = True, **attributes: s
     return element(
         "svg",
         *inside,
-        xmlns="http://www.w3.org/2000/svg",
         viewBox=f"0 0 {WIDTH:g} {height:g}",
         class_="timeline",
         role="img",
@@ -207,12 +206,10 @@ def _grid(placed: Frame) -> Iterator[Markup]:
 
 def _phases(placed: Frame) -> Iterator[Markup]:
     for span in placed.spans:
-        line = element(
-            "line", x1=f"{span.x:.1f}", x2=f"{span.x:.1f}", y1=_TOP, y2=HEIGHT - _BOTTOM + 6, stroke=_LINES.light, class_="grid"
-        )
-        name = _text(span.stretch.phase, span.x + span.width / 2, HEIGHT - _BOTTOM + 17, anchor="middle")
-        data = {"data_phase": span.stretch.phase, "data_x": f"{span.x:.1f}", "data_width": f"{span.width:.1f}"}
-        yield element("g", line, name, **data)
+        x, end = f"{span.x:.1f}", HEIGHT - _BOTTOM + 6
+        yield element("line", x1=x, x2=x, y1=_TOP, y2=end, stroke=_LINES.light, class_="grid")
+        place = {"data_phase": span.stretch.phase, "data_x": x, "data_width": f"{span.width:.1f}"}
+        yield _text(span.stretch.phase, span.x + span.width / 2, HEIGHT - _BOTTOM + 17, anchor="middle", **place)
 
 
 def _peak(series: Series, placed: Frame) -> Iterator[Markup]:
@@ -223,11 +220,11 @@ def _peak(series: Series, placed: Frame) -> Iterator[Markup]:
         "circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, fill=_BACK.light, stroke=_TEXT.light, stroke_width=2, class_="peak"
     )
     words = f"peak {format_bytes(point.total)} in {stretch.phase}"
-    yield _text(words, min(max(x, _LEFT + 80), WIDTH - _RIGHT - 80), 16, anchor="middle", weight="600")
+    yield _text(words, min(max(x, _LEFT + 80), WIDTH - _RIGHT - 80), 16, anchor="middle", font_weight="600")
 
 
-def _text(text: str, x: float, y: float, anchor: str, weight: str | None = None) -> Markup:
-    return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, fill=_TEXT.light, font_weight=weight)
+def _text(text: str, x: float, y: float, anchor: str, **attributes: str) -> Markup:
+    return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, fill=_TEXT.light, **attributes)
 
 
 def _legend(kinds: Sequence[str], reserved: bool) -> Iterator[tuple[Markup, int]]:
@@ -253,7 +250,7 @@ def _legend(kinds: Sequence[str], reserved: bool) -> Iterator[tuple[Markup, int]
 
 def alone(series: Series, name: str = "", dark: bool = True) -> Markup:
     """The same as a document of its own, on its ground; `dark` says whether it follows the viewer's wish for one."""
-    made = drawing(series, name)
+    made = drawing(series, name, xmlns="http://www.w3.org/2000/svg")
     ground = element("rect", width="100%", height="100%", fill=_BACK.light, class_="ground")
     rules = element("style", Markup(_DARK.replace("COLORS", style(dark=True)))) if dark else Markup("")
     start = made.index(">") + 1

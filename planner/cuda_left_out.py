@@ -14,14 +14,15 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     "workspaces of cuDNN's attention": ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
     "workspaces of memory-efficient attention's backward": ("_scaled_dot_product_efficient_attention_backward",),
     "what cuDNN keeps of a batch norm": ("native_batch_norm",),
-    "temporaries of sorting": ("sort", "topk", "unique2", "_unique2", "index_put_", "_index_put_impl_"),
+    "temporaries of sorting": ("sort", "topk", "_unique2", "index_put_", "_index_put_impl_"),
     "workspaces of cuSOLVER and cuFFT": ("_fft_r2c", "_fft_c2c", "_fft_c2r", "linalg_qr", "_linalg_svd", "_linalg_eigh"),
 }
 """What is not known, and the ops (as `Allocation.op` names them) that it is of.
 
 Convolutions: aten/src/ATen/native/cudnn/Conv_v8.cpp `run_conv_plan`; recurrent layers: cudnn/RNN.cpp `_cudnn_rnn` (`reserve`);
-attention: cudnn/MHA.cpp, cuda/attention_backward.cu `_efficient_attention_backward` (`workspace`); batch norms: cudnn/BatchNorm.cpp
-`cudnn_batch_norm` (`reserve`); sorting: cuda/Sort.cu, cuda/Indexing.cu `index_put_with_sort_kernel`, cub's temporary storage.
+attention: cudnn/MHA.cpp, and cuda/attention_backward.cu `_efficient_attention_backward` (`workspace`); batch norms:
+cudnn/BatchNorm.cpp `cudnn_batch_norm` (`reserve`); sorting: cuda/Sort.cu, cuda/Indexing.cu `index_put_with_sort_kernel`, and
+cub's temporary storage.
 """
 
 

@@ -418,7 +418,7 @@ def _run_notes(device: str, workload: Training) -> Iterator[str]:
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):
-        yield "the run chose CUDA's kernels where they keep otherwise than the CPU's; attention is taken to be flash or memory-efficient"
+        yield "kernels are those of CUDA where they keep otherwise than the CPU's; cuDNN's attention counts as the next in order"
     else:
         yield "workspaces of oneDNN are not included"
     if workload.loss is None:

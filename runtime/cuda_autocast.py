@@ -7,7 +7,7 @@ aten/src/ATen/autocast_mode.cpp; a test reads the header of the torch that is in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -119,12 +119,18 @@ def _appended(op: Any, other: Any) -> Callable[..., Any]:
     return kernel
 
 
+def _known(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Those that CUDA's autocast of the torch that is installed converts: its kernels are in a torch without CUDA, too."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return ((name, _op(name)) for name in names if has(f"aten::{name}", "AutocastCUDA"))
+
+
 def _kernels() -> Iterator[tuple[str, Callable[..., Any]]]:
-    yield from ((name, _in(_op(name), _lower)) for name in LOWER_PRECISION)
-    yield from ((name, _in(_op(name), _float32)) for name in FLOAT32)
-    yield from ((name, _with_dtype(_op(name))) for name in FLOAT32_OUT)
-    yield from ((name, _appended(_op(name), _op(other))) for name, other in FLOAT32_NORM.items())
-    yield from ((name, _in(_op(name), _widest)) for name in WIDEST)
+    yield from ((name, _in(op, _lower)) for name, op in _known(LOWER_PRECISION))
+    yield from ((name, _in(op, _float32)) for name, op in _known(FLOAT32))
+    yield from ((name, _with_dtype(op)) for name, op in _known(FLOAT32_OUT))
+    yield from ((name, _appended(op, _op(FLOAT32_NORM[name]))) for name, op in _known(FLOAT32_NORM))
+    yield from ((name, _in(op, _widest)) for name, op in _known(WIDEST))
 
 
 AUTOCAST: Mapping[str, Callable[..., Any]] = dict(_kernels())

@@ -29,6 +29,8 @@ aten = torch.ops.aten
 
 Kernel = Callable[..., Any]
 
+_COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd  # torch's own kernel, in C++
+
 _one_run = threading.Lock()
 
 
@@ -68,10 +70,8 @@ def _for_fakes(name: str, kernel: Kernel) -> Kernel:
 
     @functools.wraps(kernel)
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        if active_fake_mode() is None:
-            return op.decompose(*args, **kwargs)
-        out = kernel(*args, **kwargs)
-        return op.decompose(*args, **kwargs) if out is NotImplemented else out
+        out = NotImplemented if active_fake_mode() is None else kernel(*args, **kwargs)
+        return op._op_dk(_COMPOSED, *args, **kwargs) if out is NotImplemented else out
 
     return chosen
 

@@ -47,7 +47,7 @@ def _flash_attention_backward(args: Any, out: Any) -> int:
     gradient, query, key, result = args[0], args[1], args[2], args[4]
     batch, heads, length, size = query.shape
     rows, columns = _rounded(length, 128), _rounded(size, 32) if size <= 192 else 256
-    found = 4 * batch * heads * rows * (columns + 1)
+    found: int = 4 * batch * heads * rows * (columns + 1)
     if key.shape[1] != heads:
         found += 2 * batch * heads * key.shape[2] * size * query.dtype.itemsize
     return found + sum(_bytes(each) for each in (gradient, result) if not each.transpose(1, 2).is_contiguous())
@@ -59,8 +59,8 @@ def _efficient_attention_backward(args: Any, out: Any) -> int:
     cuda/attention_backward.cu `_efficient_attention_backward`: `delta`, `kKernelComputesDelta` (of halves only).
     """
     query, result = args[1], args[5]
-    sums = 4 * math.prod(query.shape[:3])
-    return sums if query.dtype.itemsize == 2 else sums + 4 * result.numel()
+    sums: int = 4 * math.prod(query.shape[:3])
+    return sums if query.dtype.itemsize == 2 else sums + 4 * int(result.numel())
 
 
 def _embedding_backward(args: Any, out: Any) -> int:
@@ -72,10 +72,10 @@ def _embedding_backward(args: Any, out: Any) -> int:
     """
     gradient, indices, words = args[:3]
     copies = sum(_bytes(each) for each in (gradient, indices) if not each.is_contiguous())
-    count, width = indices.numel(), gradient.shape[-1]
+    count, width = int(indices.numel()), int(gradient.shape[-1])
     if count <= _UNSORTED and not args[4]:
         return copies
-    segments = min(count, words)
+    segments = min(count, int(words))
     partial = count // _ROWS_PER_THREAD + segments
     numbers = 3 * count + 2 * segments + partial
     return copies + numbers * int(indices.dtype.itemsize) + partial * width * max(4, int(gradient.dtype.itemsize))

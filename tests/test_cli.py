@@ -177,7 +177,7 @@ def test_report_as_a_page(groundplan: Runner) -> None:
     page = (groundplan.folder / "out.html").read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and f'data-value="{result.json["peak"]}"' in page
     failed = groundplan("report", "cli_zoo:Net", "--html", "no/such/folder.html")
-    assert failed.code == 1 and "the page cannot be written" in failed.err and "Traceback" not in failed.err
+    assert failed.code == 1 and "no/such/folder.html cannot be written" in failed.err and "Traceback" not in failed.err
 
 
 def test_a_cluster_that_cannot_be(groundplan: Runner) -> None:

@@ -286,7 +286,9 @@ def test_a_plan_for_cuda_takes_its_optimizer_and_counts_nothing_of_the_cpu() -> 
     memory = plan.to("cuda").memory(training, tier="T1")
     assert memory.by_device["optimizer"]["cpu"] == 2 * 4
     assert memory.by_device["first_step"].get("cpu", 0) == 0 and memory.binding.device == "cuda:0"
-    assert memory.run is not None and not any("scratch" in each.op for each in memory.run.allocations)
+    assert memory.run is not None
+    scratch = {each.op for each in memory.run.allocations if "scratch" in each.op or "number" in each.op}
+    assert scratch == {"mm's scratch"}  # the expanded gradient of a sum, which cuBLAS takes copied as well
     assert any(each.op == "_foreach_sqrt" for each in memory.run.allocations)
 
 
