@@ -88,6 +88,21 @@ def test_a_module_without_a_cache_runs_forward_again() -> None:
     assert peaks == measured_inference(plan, inference) and peaks[STEP] == peaks[FIRST_STEP]
 
 
+FUSED = {
+    "an encoder of torch.nn": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2), 1),
+    "attention of torch.nn": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), 3),
+    "a transformer of torch.nn": (lambda: nn.Transformer(32, 4, 2, 2, 64, batch_first=True), 2),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_layers_of_torch_are_fused_where_no_gradient_is_asked_for(name: str) -> None:
+    build, count = FUSED[name]
+    plan, inference = gp.trace(build), gp.Inference(inputs=lambda: (torch.ones(2, 100, 32),) * count)
+    assert peaks_of(plan, inference) == measured_inference(plan, inference)
+    assert plan.to("cuda").memory(inference).left_out == ("what torch's fused transformer layers need",)
+
+
 # -- what is where ------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +113,10 @@ def test_the_cache_has_a_kind_of_its_own(cache: Any) -> None:
     a_token = 2 * 2 * 2 * 2 * 8 * 4  # keys and values, layers, prompts, heads of keys, of 8 float32 each
     counts = 2 * 8  # of a static cache's tokens, one for each layer
     assert run.by_kind(FIRST_STEP, "cpu")["KV cache"] == (16 * a_token if cache == "dynamic" else 21 * a_token + counts)
-    assert sum(each.nbytes for each in held_in_the_end(run) if each.kind == "KV cache") == 21 * a_token + (cache == "static") * counts
+    assert (
+        sum(each.nbytes for each in held_in_the_end(run) if each.kind == "KV cache")
+        == 21 * a_token + (cache == "static") * counts
+    )
     assert run.by_kind(STEP, "cpu")["parameter"] == sum(each.nbytes for each in plan.graph.parameters)
 
 
