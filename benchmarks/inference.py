@@ -2,8 +2,8 @@
 
 Equal: the peak bytes of every phase next to `torch.profiler`'s, on the CPU, with torch's own kernels (oneDNN off) on one thread;
 `off` is the largest difference of any phase in bytes. generate: the peak of a whole call of it next to the larger of the two
-phases, with its own bookkeeping beside the model. Time: of `plan.memory(gp.Inference(...))` for published sizes, in bfloat16 with a
-context of 8192 tokens, on a CPU that others may use as well; `KV cache` is what the last step holds.
+phases, with its own bookkeeping beside the model. Time: of `plan.memory(gp.Inference(...))` for published sizes, in bfloat16 with
+a prompt of 8192 tokens, on a CPU that others may use as well; `KV cache` is what the last step holds.
 """
 
 from __future__ import annotations

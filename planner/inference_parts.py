@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..tracer.graph import ParamGraph
-from .allocations import START, Allocation, Moment, Timeline
+from .allocations import START, Allocation, Kind, Moment, Timeline
 from .decisions import Decisions, final_dtype
 from .placing import DISK, Placing, device_map
 from .quantizing import quantized_names
@@ -37,7 +37,7 @@ def as_planned(run: Timeline, graph: ParamGraph, decisions: Decisions, rank: int
 def _weights(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Allocation]:
     kinds = {tensor.name: tensor.kind for tensor in graph.tensors}
     for each in weights_of(graph, decisions, rank):
-        kind = "parameter" if kinds.get(each.tensor) == "parameter" else "buffer"
+        kind: Kind = "parameter" if kinds.get(each.tensor) == "parameter" else "buffer"
         yield Allocation(kind, each.nbytes, each.device, each.tensor)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..planner.allocations import BETWEEN, FIRST_STEP, STEP
+from ..planner.allocations import BETWEEN, FIRST_STEP, STEP, Kind
 from ..planner.inference import Inference
 from ..tracer.errors import DecisionError
 
 CACHES = ("cache", "past_key_values", "cache_params")
 """What forward calls its cache: transformers' name since 5.24, the one before it, and the one before of models with a state."""
 
-Kept = Callable[[str, Any], None]
+Kept = Callable[[Kind, Any], None]
 """Told what stays from one forward to the next: what it is, and the object."""
 
 
@@ -94,7 +94,8 @@ def _next_token(output: Any) -> torch.Tensor:
     logits = getattr(output, "logits", None)
     if logits is None:
         return torch.zeros((len(output[0]), 1), dtype=torch.int64, device=output[0].device)
-    return logits[:, -1].to(copy=True, dtype=torch.float32).argmax(dim=-1, keepdim=True)
+    likeliest: torch.Tensor = logits[:, -1].to(copy=True, dtype=torch.float32).argmax(dim=-1, keepdim=True)
+    return likeliest
 
 
 class _Model:

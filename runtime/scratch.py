@@ -203,7 +203,7 @@ def _whole_attention(args: Any, out: Any) -> int:
     needed = max(6 * states, 3 * states + scores * (2 if len(args) > 9 and args[9] is not None else 1))
     if weights:
         needed = max(needed, 5 * states + scores, 4 * states + scores + weights)
-    return needed - states - weights
+    return int(needed - states - weights)
 
 
 def _flash_block(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:

@@ -70,5 +70,8 @@ SERVED: dict[str, Callable[[], nn.Module]] = {
 }
 """Decoders with caches of every kind, encoders with and without one, and models that just run forward."""
 
+QUICK = ("Llama", "GPT-2", "T5", "Whisper", "ViT", "BERT", "Mamba", "Mistral, a window of 8", "Mixtral")
+"""Those that are tried each time; the others with `-m conformance`."""
+
 LENGTHS = {"Wav2Vec2": 640}
 """The tokens of a prompt, where 16 are too few."""

@@ -16,7 +16,7 @@ from groundplan.planner.allocations import FIRST_STEP, START, STEP, Allocation, 
 from groundplan.planner.allocator_driver import Device
 from groundplan.planner.replayed_run import Allocator, replay_run
 
-from .measured_inference import LENGTHS, SERVED, measured_inference
+from .measured_inference import LENGTHS, QUICK, SERVED, measured_inference
 from .measured_steps import plain_kernels
 from .serving_ranks import CASES, launch
 
@@ -47,7 +47,9 @@ def peaks_of(plan: gp.Plan, inference: gp.Inference) -> Mapping[str, int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("model", SERVED)
+@pytest.mark.parametrize(
+    "model", [name if name in QUICK else pytest.param(name, marks=pytest.mark.conformance) for name in SERVED]
+)
 def test_a_fake_run_takes_what_a_real_one_does(model: str, dtype: torch.dtype) -> None:
     plan, inference = served(model, new_tokens=5)
     plan = plan.cast(dtype)
@@ -243,10 +245,8 @@ def test_a_quantized_layer_is_converted_back_while_it_runs() -> None:
     memory = quantized.memory(inference)
     back = [each for each in run_of(memory).allocations if each.op == "weight converted back"]
     assert [each.nbytes for each in back] == [96 * 32 * 4]  # the head's
-    weights = quantized.memory().phases["load"] - max(
-        0, quantized.memory().phases["load"] - quantized.memory().phases["checkpoint"]
-    )
-    assert memory.phases["step"] < plan.memory(inference).phases["step"] and weights > 0
+    whole, kept = (run_of(each).by_kind(STEP, "cpu")["parameter"] for each in (plan.memory(inference), memory))
+    assert kept < whole / 2  # of float32, all but the embedding
 
 
 @pytest.mark.parametrize("model", ["T5", "ViT"])
@@ -283,7 +283,8 @@ def test_a_gpu_takes_what_is_said() -> None:
 
     plan, inference = gp.trace(SERVED["Llama"]).to("cuda"), gp.Inference(batch_size=8, seq_len=64, new_tokens=4)
     peaks = run_of(plan.memory(inference)).peaks
-    module, found, phases = plan.materialize(seed=0), {}, [START]
+    module, phases = plan.materialize(seed=0), [START]
+    found: dict[str, int] = {}
     inputs = {"input_ids": torch.zeros(8, 64, dtype=torch.int64, device="cuda")}
     torch.nn.functional.linear(torch.ones(1, 1, device="cuda"), torch.ones(1, 1, device="cuda"))  # cuBLAS's workspace is there
     before = torch.cuda.memory_allocated() - peaks[START]["cuda:0"]
@@ -351,8 +352,9 @@ def grown(run: Timeline, share: float) -> Timeline:
     return Timeline(tuple(allocations), run.moments)
 
 
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 2000), (4, 512), (16, 64), (1, 64)])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "cache"), [(1, 2000, "dynamic"), (4, 512, "static"), (16, 64, "dynamic"), (1, 64, "static")]
+)
 def test_what_is_said_to_fit_does_when_all_but_the_weights_takes_a_fifth_more(batch_size: int, seq_len: int, cache: Any) -> None:
     """On the smallest device of which it is said, in the allocator's rules."""
     plan = llama(**LLAMA_3_8B | {"num_hidden_layers": 4, "vocab_size": 4096}).to("cuda")
