@@ -333,14 +333,15 @@ def test_llama_3_8b_does_not_fit_16_gb_until_it_is_quantized() -> None:
     assert run_of(whole).by_kind(STEP, "cuda:0")["KV cache"] == pytest.approx(8192 * 32 * 2 * 8 * 128 * 2, rel=0.02)
 
 
-def test_llama_3_70b_fits_two_of_80_gb() -> None:
+@pytest.mark.parametrize("way", ["divided", pytest.param("placed", marks=pytest.mark.conformance)])
+def test_llama_3_70b_fits_two_of_80_gb(way: str) -> None:
     plan = llama(**LLAMA_3_70B)
     halves = {"model.layers.0-39": "cuda:0", "model.embed_tokens": "cuda:0", "*": "cuda:1"}
-    for each in (plan.to("cuda").shard({"tp": 2}, tensor="auto"), plan.place(halves)):
-        memory = each.memory(CONTEXT)
-        room = memory.fits("2x80GB").binding
-        assert room.verdict == "fits" and room.margin < 0.03 * room.needed
-        assert memory.fits("2x74GB").verdict == "does not fit"
+    plan = plan.place(halves) if way == "placed" else plan.to("cuda").shard({"tp": 2}, tensor="auto")
+    memory = plan.memory(CONTEXT)
+    room = memory.fits("2x80GB").binding
+    assert room.verdict == "fits" and room.margin < 0.03 * room.needed
+    assert memory.fits("2x74GB").verdict == "does not fit"
 
 
 def grown(run: Timeline, share: float) -> Timeline:
