@@ -132,8 +132,8 @@ class Plan:
         It is for plans of one device. `workload.inputs` are the inputs of that step, or are made from the module's signature.
         `tier="T2"` replays that run through the rules of CUDA's caching allocator: `reserved` beside active bytes.
 
-        With `gp.Inference` every tier runs forward on fake tensors, for the prompt and for tokens after it: about two seconds for
-        80 layers. In T0 what a plan shards, places or quantizes is applied to that run by rule, and the weights alone are given
+        With `gp.Inference` every tier runs forward on fake tensors, for the prompt and for tokens after it: some seconds for 80
+        layers. In T0 what a plan shards, places or quantizes is applied to that run by rule, and the weights alone are given
         where forward looks at values.
 
         `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
