@@ -29,6 +29,7 @@ from .plan import Plan, trace
 from .planner.calibration import Calibration
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
+from .planner.inference import Inference
 from .planner.memory import Memory
 from .planner.verdict import Verdict
 from .planner.workload import Training
@@ -63,6 +64,7 @@ __all__ = [
     "ParamGraph",
     "Decisions",
     "Training",
+    "Inference",
     "Cluster",
     "Memory",
     "Verdict",

@@ -25,10 +25,12 @@ from rich.markup import escape
 
 import groundplan as gp
 
+from . import cli_inference as serving
 from . import cli_options as options
 from .doctor import examine
 from .planner.cluster import cluster_of
 from .planner.memory import human_bytes
+from .planner.optimizers import OPTIMIZERS
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
 from .spec import Spec, offline, parse_spec
 from .tracer.errors import GroundplanError, MaterializeError, SpecError
@@ -86,9 +88,12 @@ def report(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     train: options.Train = None,
+    infer: serving.Infer = False,
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
     accumulate: options.Accumulate = None,
+    new_tokens: serving.NewTokens = None,
+    cache: serving.CacheOption = None,
     autocast: options.Autocast = None,
     checkpointing: options.Checkpointing = None,
     clip_grad_norm: options.Clip = None,
@@ -116,8 +121,11 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
-    workload = options.training(
+    workload = serving.workload(
         train,
+        infer,
+        new_tokens,
+        cache,
         batch_size=batch_size,
         seq_len=seq_len,
         accumulate=accumulate,

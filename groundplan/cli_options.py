@@ -26,8 +26,8 @@ Train = Annotated[
     str | None,
     typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not the weights alone: {', '.join(OPTIMIZERS)}."),
 ]
-BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Samples on one device; with --train.")]
-SeqLen = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sample; with --train.")]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Samples on one device; with --train or --infer.")]
+SeqLen = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sample or prompt; with --train or --infer.")]
 Accumulate = Annotated[int | None, typer.Option(metavar="N", help="Micro-batches of a step; with --train.")]
 Autocast = Annotated[str | None, typer.Option(metavar="DTYPE", help="Train under torch.autocast: bfloat16 or float16.")]
 Checkpointing = Annotated[str | None, typer.Option(metavar="HOW", help=f"Checkpoint activations: {', '.join(get_args(Known))}.")]
@@ -146,7 +146,7 @@ def _object(name: str, text: str, kind: type, example: str) -> dict[str, Any]:
 # -- tiers --------------------------------------------------------------------------------------------------------------
 
 
-def tier(name: str, workload: gp.Training | None, allocator: str | None) -> Tier:
+def tier(name: str, workload: gp.Training | gp.Inference | None, allocator: str | None) -> Tier:
     """The tier of that name; raises `DecisionError` naming the option that cannot be, or does not go with the others."""
     if name not in get_args(Tier):
         raise DecisionError(f"--tier {name!r} is not known: {', '.join(get_args(Tier))}")

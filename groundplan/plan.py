@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from .planner.calibration import Calibration
 from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
+from .planner.inference import Inference
+from .planner.inference_memory import by_rule, inference_memory, weights_alone
 from .planner.memory import Memory, memory, memory_of_run
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
@@ -34,8 +37,10 @@ from .runtime import materialize as materialize_plan
 from .runtime.checkpoint import Rename, Source
 from .runtime.materialize import Progress as ProgressCallback
 from .runtime.options import Options
-from .tracer.errors import DecisionError, MaterializeError, PlanFileError
+from .tracer.errors import DecisionError, MaterializeError, MemoryRunError, PlanFileError
 from .tracer.graph import ParamGraph
+
+Workload = Training | Inference
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,7 +90,7 @@ class Plan:
 
     def report(
         self,
-        workload: Training | None = None,
+        workload: Workload | None = None,
         cluster: Cluster | str | None = None,
         *,
         calibration: Calibration | str | os.PathLike[str] | None = None,
@@ -94,8 +99,8 @@ class Plan:
     ) -> Report:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
-        With a `workload` the memory is that of training, with a `cluster` it says as well whether that fits (`Memory.fits`).
-        `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
+        With a `workload` the memory is that of training or serving, with a `cluster` it says as well whether that fits
+        (`Memory.fits`). `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
@@ -123,13 +128,13 @@ class Plan:
 
     def memory(
         self,
-        workload: Training | None = None,
+        workload: Workload | None = None,
         *,
         tier: Tier = "T0",
         allocator: AllocatorConfig | str | None = None,
         cluster: Cluster | str | None = None,
     ) -> Memory:
-        """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
+        """The peak bytes of every phase by device: of the weights, or of training or serving them, as `workload` says.
 
         `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
         plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU. Of a
@@ -138,6 +143,10 @@ class Plan:
         shapes. Plans that place or quantize have the closed form only. `workload.inputs` are the inputs of that step, of one
         rank, or are made from the module's signature. `tier="T2"` replays that run through the rules of CUDA's caching allocator:
         `reserved` beside active bytes.
+
+        With `gp.Inference` every tier runs forward on fake tensors, for the prompt and for tokens after it: some seconds for 80
+        layers. In T0 what a plan shards, places or quantizes is applied to that run by rule, and the weights alone are given
+        where forward looks at values.
 
         `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
         it asks for `reserved` as well, without activations. `cluster` says which devices it is for: cuBLAS's workspaces differ.
@@ -151,11 +160,15 @@ class Plan:
         152
         >>> trace(torch.nn.Linear, 3, 4).shard({"dp": 2}).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
         88
+        >>> trace(torch.nn.Linear, 3, 4).memory(Inference(batch_size=2)).phases["step"]
+        120
         >>> on_gpu = trace(torch.nn.Linear, 3, 4).to("cuda").memory(Training("sgd", batch_size=2), tier="T2")
         >>> on_gpu.phases["optimizer"], on_gpu.reserved["optimizer"]["cuda:0"].reserved // 2**20
         (152, 68)
         """
         check_tier(tier, workload, allocator)
+        if isinstance(workload, Inference):
+            return _serving(self._bound, self.decisions, workload, tier, Allocator.of(allocator, cluster))
         if tier == "T0" or workload is None:
             found = memory(self.graph, self.decisions, workload, self._profile(workload))
         else:
@@ -546,6 +559,22 @@ class Plan:
                 f"that it was traced from, {self.decisions.constructor}"
             )
         return self._build
+
+
+def _serving(build: Build, decisions: Decisions, inference: Inference, tier: Tier, allocator: Allocator) -> Memory:
+    """The memory of serving, from a run of it: in T0 of the module whole, and by rule; else of each rank as it is."""
+    from .runtime.fake_inference import fake_inference, fake_rank_inference
+    from .runtime.fake_step import check_one_device
+
+    if tier == "T0":
+        try:
+            run = fake_inference(build, decisions, inference)
+        except MemoryRunError as error:
+            return weights_alone(build.graph, decisions, str(error))
+        return replace(by_rule(build.graph, decisions, inference, run, allocator), tier=tier)
+    check_one_device(decisions)
+    runs = functools.partial(fake_rank_inference, build, decisions, inference)
+    return replace(inference_memory(build.graph, decisions, inference, runs, allocator), tier=tier)
 
 
 def _name_of(build: Callable[..., Any]) -> str:

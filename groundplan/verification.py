@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .planner.calibration import Calibration, calibration_of
 from .planner.cluster import Cluster
-from .planner.memory import Memory, timelines_of
+from .planner.memory import Memory
 from .planner.verification import Check, Part, RankChecks, worst
 from .planner.workload import Training
 from .runtime.checkpoint import Source
@@ -204,9 +204,8 @@ def verified(
     decisions, notes = plan.decisions, list[str]()
 
     def predicted(rank: int) -> Predicted:
-        closed, run = plan.memory(workload), None if workload is None else _run(plan, workload, notes)
-        timelines = timelines_of(plan.graph, decisions, workload, rank)
-        return Predicted(closed.rank(rank), timelines, run if run is None else run.rank(rank))
+        closed, run = plan.memory(workload).rank(rank), None if workload is None else _run(plan, workload, notes)
+        return Predicted(closed, closed.changes, run if run is None else run.rank(rank))
 
     job = Job(
         build=lambda: plan.materialize(seed, checkpoint, progress=False, mesh=mesh, timeout=timeout),

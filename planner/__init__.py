@@ -12,6 +12,7 @@
 * `reserved`: the same of `memory`'s phases; `overheads`: what a process holds beside its tensors;
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `verdict`: whether they fit a cluster; `process`: what a process holds in host memory besides;
+* `inference`: serving as a workload, and `inference_memory`, its bytes (`inference_parts`: of plans that shard, place, quantize);
 * `verification`: what each phase took for real beside that; `calibration`: verifications kept, which `calibrated` rooms go by;
 * `allocations`: what a training step allocates and releases, as a run of it without memory found;
 * `rank_runs`: one such run for each class of ranks;
@@ -21,6 +22,7 @@
 from .check import check_decisions
 from .cluster import Cluster
 from .decisions import Cast, Decisions, Move, Rule, default_decisions
+from .inference import Inference
 from .memory import Binding, Memory
 from .plan_file import load_decisions, save_decisions
 from .verdict import Verdict
@@ -31,6 +33,7 @@ __all__ = [
     "Cast",
     "Cluster",
     "Decisions",
+    "Inference",
     "Memory",
     "Move",
     "Rule",

@@ -22,14 +22,19 @@ Kind = Literal[
     "gradient",
     "optimizer state",
     "activation",
+    "KV cache",
     "gathered parameter",
     "communication buffer",
     "temporary",
 ]
-"""What a piece of memory is for. *Gathered parameters* are whole ones that FSDP makes of the ranks' parts for a while."""
+"""What a piece of memory is for. *Gathered parameters* are whole ones that FSDP makes of the ranks' parts for a while; the *KV
+cache* is all that a model keeps of the tokens before, states included."""
 
 START, FIRST_STEP, FIRST_OPTIMIZER, STEP, OPTIMIZER = "start", "first_step", "first_optimizer", "step", "optimizer"
 """The phases of a run: what is there before it, then forward and backward, and the optimizer, twice."""
+
+BETWEEN = "between"
+"""In a run of serving, the tokens between the first and the last that is decoded; no phase of `Memory`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     "workspaces of cuDNN's attention": ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
     "workspaces of memory-efficient attention's backward": ("_scaled_dot_product_efficient_attention_backward",),
     "what cuDNN keeps of a batch norm": ("native_batch_norm",),
+    "what torch's fused transformer layers need": ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
     "temporaries of sorting": ("sort", "topk", "_unique2", "index_put_", "_index_put_impl_"),
     "workspaces of cuSOLVER and cuFFT": ("_fft_r2c", "_fft_c2c", "_fft_c2r", "linalg_qr", "_linalg_svd", "_linalg_eigh"),
 }

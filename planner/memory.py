@@ -73,8 +73,9 @@ class Memory:
     * `optimizer`: inside `optimizer.step()`;
     * `checkpoint`: saving.
 
-    The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
-    the worst one; `rank(i)` gives that of any. No rank takes more than one of `distinct` does: rank 0, or the first of each part
+    The three in the middle are there with a `Training` workload only; with an `Inference` one, `first_step` reads the prompt,
+    `step` decodes the last token, and there is no optimizer. Of a sharded plan with `ranks` ranks this is the memory of the
+    worst one; `rank(i)` gives that of any. No rank takes more than one of `distinct` does: rank 0, or the first of each part
     of a pipeline. `left_out` is what takes memory in some phase and is not counted; `communicators` is how many groups of ranks
     talk to each other.
 
@@ -83,6 +84,9 @@ class Memory:
     `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones. `T2` is T1 with what
     the CUDA caching allocator's rules, set as `allocator` says, make of the run: `reserved` has the peaks by phase and CUDA
     device, as `torch.cuda.memory_stats` counts them. It is empty in the tiers below, unless they were asked for it.
+
+    Of inference every tier is a run on fake tensors, with `reserved`. `certain` is how many bytes of a device need no margin in a
+    verdict, as nothing about them is a guess: the weights, where what is reserved for them is known.
 
     `changes` are T0's allocations and releases in order; `series` is either tier over time, as the drawings show it.
     """
@@ -97,6 +101,7 @@ class Memory:
     tier: str = "T0"
     closed_form: Memory | None = field(default=None, repr=False)
     run: Timeline | None = field(default=None, repr=False)
+    certain: Mapping[str, int] = field(default_factory=dict)
     reserved: Mapping[str, Mapping[str, Usage]] = field(default_factory=dict)
     allocator: Allocator | None = None
     replayed: ReplayedRun | None = field(default=None, repr=False, compare=False)
@@ -379,7 +384,7 @@ def memory_of_run(
     found = replace(closed, by_device=by_device, binding=Binding(phase, device, by_device[phase][device], ()), notes=notes)
     tensors = weights.binding.tensors
     if phase in run.peaks:
-        tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
+        tensors = largest_of(run.at_peak(_run_phase(found, run), device))
     on_cuda = any(map(_is_cuda, by_device["step"]))
     left_out = (RESERVED, *left_out_of(each.op for each in run.allocations)) if on_cuda else ()
     binding = replace(found.binding, tensors=tensors)
@@ -390,7 +395,8 @@ def _is_cuda(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def _largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
+def largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
+    """The largest of what a run holds at a moment, as (name, bytes); what has one name counts together."""
     held: dict[str, int] = {}
     for each in allocations:
         held[each.describe()] = held.get(each.describe(), 0) + each.nbytes
@@ -404,7 +410,7 @@ def _worse(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
 def _run_phase(memory: Memory, run: Timeline | None = None) -> str:
     """The phase of the run that makes the peak: of the two in the optimizer the one that takes more."""
     run, binding = run or memory.run, memory.binding
-    first = run is not None and run.peaks[FIRST_OPTIMIZER].get(binding.device, 0) == binding.bytes
+    first = run is not None and run.peaks.get(FIRST_OPTIMIZER, {}).get(binding.device, 0) == binding.bytes
     return FIRST_OPTIMIZER if binding.phase == OPTIMIZER and first else binding.phase
 
 

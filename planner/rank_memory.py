@@ -164,6 +164,11 @@ def _owner(name: str, units: set[str]) -> str:
     return name
 
 
+def weights_of(graph: ParamGraph, decisions: Decisions, rank: int) -> list[Change]:
+    """What one rank holds of every tensor while the module runs: what FSDP shards is padded to the first rank's size."""
+    return [_change(each, each.padded * each.itemsize + each.quantized) for each in _held(graph, decisions, rank)]
+
+
 def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding

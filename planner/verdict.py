@@ -1,7 +1,8 @@
 """Whether a plan fits a cluster: tensors, what CUDA and the libraries take besides, and a margin, against usable bytes.
 
 A wrong "fits" is the worst error. What comes on top of tensors is therefore taken at the upper end of what has been reported, a
-margin covers what the closed form cannot know, and where the prediction leaves something out, "fits" is never said.
+margin covers what the closed form cannot know, and where the prediction leaves something out, "fits" is never said. Of serving
+the weights need no margin (docs/decisions/023-serving.md).
 """
 
 from __future__ import annotations
@@ -205,6 +206,7 @@ def _device_rooms(
             place = f"{f'rank {rank}' if whole.ranks > 1 else device} on {kind.name}"
             if device in _reserved(found.reserved):
                 room = _reserved_room(found, device, place, outside, kind.memory, margin, whole.left_out)
+                room = _with_certain(room, found.certain.get(device, 0), margin)
             else:
                 room = _room(place, phase, nbytes, _on_top(outside), kind.memory, margin, whole.left_out)
             yield (
@@ -263,6 +265,11 @@ def _reserved_room(
     besides = outside if found.run is not None else _on_top(outside)  # a run has its workspaces among what is reserved
     added = {"reserved beyond them": nbytes - tensors, **besides}
     return _room(place, phase, tensors, added, usable, margin, left_out, retries)
+
+
+def _with_certain(room: Room, certain: int, margin: float) -> Room:
+    """With a margin for what is not certain alone: what is reserved for weights is known."""
+    return replace(room, margin=_share(room.needed - certain, margin))
 
 
 def _index(device: str) -> int:
@@ -355,7 +362,11 @@ def _room(
     retries: int = 0,
 ) -> Room:
     needed = tensors + sum(added.values())
-    return Room(place, phase, tensors, added, -int(-needed * margin // 1), usable, left_out, retries)
+    return Room(place, phase, tensors, added, _share(needed, margin), usable, left_out, retries)
+
+
+def _share(nbytes: int, margin: float) -> int:
+    return -int(-nbytes * margin // 1)
 
 
 def _notes(
@@ -363,8 +374,9 @@ def _notes(
 ) -> Iterator[str]:
     if calibration is not None:
         yield from _calibration_notes(calibration, rooms)
+    beside = " beside the weights" if memory.certain else ""
     if not all(room.calibrated for room in rooms):
-        yield f'"fits" keeps {margin:.0%} of what is needed free besides; "tight" does not'
+        yield f'"fits" keeps {margin:.0%} of what is needed{beside} free besides; "tight" does not'
     if "step" not in memory.by_device:
         phases = ", ".join(memory.by_device)
         yield f"without a workload only {phases} are looked at: running the model, its inputs and activations come on top"

@@ -11,8 +11,8 @@ not run: the step is that of one device, and the reducer's buckets are added (`d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -28,7 +28,7 @@ from .build import Build
 from .checkpointing import checkpoint_layers
 from .ddp_buckets import trained, with_buckets
 from .example_inputs import example_inputs
-from .fake_step import device_of, run_fake, step_module, with_implementation
+from .fake_step import check_one_device, device_of, run_fake, step_module, with_implementation
 from .fake_world import fake_world
 from .fsdp_memory import fsdp_followed
 from .gloo_scratch import gloo_scratch_bytes
@@ -46,17 +46,12 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
     assert sharding is not None
     if given := not_run(sharding):
         raise DecisionError(f'tier="T1" runs what the runtime carries out, and not {" and ".join(given)}; ask for tier="T0"')
+    check_one_device(decisions)
     device = device_of(build, decisions)
     copied = sharding.offload and device != _HOST
     module = step_module(build, decisions)
     inputs = example_inputs(module, training)
     chosen = with_implementation(training, _HOST if sharding.offload else device)
-
-    @contextmanager
-    def around(found: Allocations) -> Iterator[None]:
-        found.collective_scratch = gloo_scratch_bytes
-        with propagation_apart(), fsdp_followed(found, module, copied):
-            yield
 
     if sharding.axis("shard") is None and sharding.axis("tensor") is None:
         parameters = trained(module)
@@ -67,7 +62,19 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
         apply_sharding(module, sharding, build.graph, mesh_of(sharding, _HOST))
         if any(isinstance(each, DTensor) for each in module.parameters()):
             chosen = _stepping_dtensors(chosen, training, module)
-        return run_fake(module, inputs, replace(chosen, checkpointing="none"), device, copied, around)
+        return run_fake(module, inputs, replace(chosen, checkpointing="none"), device, copied, followed_rank(module, copied))
+
+
+def followed_rank(module: nn.Module, copied: bool) -> Callable[[Allocations], AbstractContextManager[None]]:
+    """What surrounds a run of a rank's `module`, so that what FSDP2, DTensor and gloo allocate is known for what it is."""
+
+    @contextmanager
+    def around(found: Allocations) -> Iterator[None]:
+        found.collective_scratch = gloo_scratch_bytes
+        with propagation_apart(), fsdp_followed(found, module, copied):
+            yield
+
+    return around
 
 
 def _stepping_dtensors(chosen: Training, asked: Training, module: nn.Module) -> Training:

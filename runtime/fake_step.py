@@ -46,6 +46,7 @@ def fake_step(build: Build, decisions: Decisions, training: Training) -> Timelin
     Raises `DecisionError` for a plan that is not of one device, and for inputs that cannot be made; `MemoryRunError` where the
     step looks at values, which fake tensors do not have.
     """
+    check_one_device(decisions)
     device = device_of(build, decisions)
     module = step_module(build, decisions)
     inputs = example_inputs(module, training)
@@ -119,11 +120,15 @@ def imagined(
                 handle.remove()
 
 
-def device_of(build: Build, decisions: Decisions) -> str:
-    """The device that the plan's tensors end up on, on each rank."""
+def check_one_device(decisions: Decisions) -> None:
+    """Raise `DecisionError` for a plan whose module runs on several devices of a process, or not as it is traced."""
     for name, done in (("placing", "places tensors on several devices"), ("quantizing", "quantizes")):
         if getattr(decisions, name):
             raise DecisionError(f'the plan {done}, and tier="T1" runs the step of one device; ask for tier="T0"')
+
+
+def device_of(build: Build, decisions: Decisions) -> str:
+    """The device that the plan moves its tensors to."""
     moves = [step.device for step in decisions.steps if isinstance(step, Move)]
     device = moves[-1] if moves else build.graph.ambient.default_device
     return "cuda:0" if device == "cuda" else device

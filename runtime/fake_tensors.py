@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..planner.allocations import Kind
 from .placing import wrapped
@@ -38,8 +38,9 @@ def fake_local(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
 
 
 def fake_inputs(mode: FakeTensorMode, inputs: Any) -> Any:
-    """The same with fake tensors in place of tensors."""
-    return tree_map_only(torch.Tensor, lambda value: fake(mode, value), inputs)
+    """The same with fake tensors in place of tensors, one for each: attention asks whether its keys are its queries."""
+    found = {id(value): fake(mode, value) for value in tree_leaves(inputs) if isinstance(value, torch.Tensor)}
+    return tree_map_only(torch.Tensor, lambda value: found[id(value)], inputs)
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:

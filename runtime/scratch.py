@@ -212,6 +212,19 @@ def _flash_attention_backward(args: Any, out: Any) -> int:
     return torch.get_num_threads() * ((2 * rows * columns + rows) * _accumulated(args[1]) + reduced) + copied
 
 
+def _whole_attention(args: Any, out: Any) -> int:
+    """Queries, keys and values as they are projected and transposed, and whole scores, twice where there is a mask.
+
+    aten/src/ATen/native/transformers/attention.cpp `native_multi_head_attention_cpu`, which layers of torch.nn take in inference.
+    """
+    states, weights = _bytes(args[0]), 0 if out[1] is None else _bytes(out[1])
+    scores = args[0].shape[0] * args[4] * args[0].shape[1] ** 2 * int(args[0].dtype.itemsize)
+    needed = max(6 * states, 3 * states + scores * (2 if len(args) > 9 and args[9] is not None else 1))
+    if weights:
+        needed = max(needed, 5 * states + scores, 4 * states + scores + weights)
+    return int(needed - states - weights)
+
+
 def _flash_block(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
     length = query.shape[2]
     rows = 256 if length >= 768 else 64 if length >= 192 else 32
@@ -296,6 +309,7 @@ TABLE: Mapping[Any, Entry] = {
     aten.cumsum.default: _cumsum,
     aten.embedding.default: _made_contiguous(1),
     aten.embedding_dense_backward.default: _made_contiguous(0),
+    aten._native_multi_head_attention.default: _whole_attention,
     aten._safe_softmax.default: _safe_softmax,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_attention,

@@ -154,6 +154,16 @@ def test_report_with_training_memory(groundplan: Runner) -> None:
     assert "first_step" in shown
 
 
+def test_report_with_the_memory_of_serving(groundplan: Runner) -> None:
+    config = str(CONFIGS / "llama-3.2-1b.json")
+    pytest.importorskip("transformers")
+    serving = ("--infer", "--batch-size", "2", "--seq-len", "64", "--new-tokens", "4", "--cache", "static", "--dtype", "bfloat16")
+    found = groundplan("report", config, *serving, "--cluster", "24GB", "--json").json
+    assert list(found["phases"]) == ["construct", "load", "first_step", "step", "checkpoint"]
+    assert found["verdict"]["verdict"] == "fits" and found["memory"]["reserved"]["step"]["cuda:0"]["reserved"] > 0
+    assert any(each["kind"] == "KV cache" for each in found["memory"]["at_peak"])
+
+
 def test_report_with_a_cast_and_a_move(groundplan: Runner) -> None:
     found = groundplan("report", "cli_zoo:Net", "--dtype", "bfloat16", "--device", "cuda", "--json").json
     assert found["bytes"]["final"] == {"bfloat16": 2 * (16 + 4 + 4 + 6 + 2)}
@@ -245,6 +255,12 @@ def test_explain_an_unknown_tensor(groundplan: Runner) -> None:
         (["--dtype", "nn"], ["'nn'", "floating-point"]),
         (["--train", "adamv"], ["adamv", "adamw"]),
         (["--device", "gpu"], ["'gpu'", "cuda"]),
+        (["--infer", "--train", "adamw"], ["--infer and --train", "one at a time"]),
+        (["--infer", "--clip-grad-norm", "1"], ["--clip-grad-norm is about training"]),
+        (["--infer", "--batch-size", "0"], ["--batch-size: batch_size is 0"]),
+        (["--infer", "--cache", "statik"], ["--cache", "did you mean static"]),
+        (["--infer", "--autocast", "int8"], ["--autocast", "floating-point"]),
+        (["--new-tokens", "4"], ["--new-tokens is about serving", "--infer"]),
     ],
 )
 def test_wrong_options(groundplan: Runner, arguments: list[str], parts: list[str]) -> None:

@@ -115,6 +115,17 @@ CONTIGUOUS = {"memory_format": torch.contiguous_format}
 MASK = [True, True, True]
 
 
+WHOLE = [(5, False, False), (40, False, False), (40, True, False), (40, False, True), (5, True, True)]
+"""The tokens, and whether there is a mask and weights are asked for."""
+
+
+def whole_attention(length: int, masked: bool, weights: bool) -> tuple[Any, ...]:
+    """The arguments of attention with all of its projections, of 4 heads."""
+    value, mask = ones(2, length, 32), torch.zeros(length, length, dtype=torch.bool)
+    matrices = ones(96, 32), ones(96), ones(32, 32), ones(32)
+    return (*(value,) * 3, 32, 4, *matrices, mask if masked else None, weights, True, 0 if masked else None)
+
+
 def attended(*operands: torch.Tensor) -> tuple[Any, ...]:
     """The arguments of attention's backward."""
     out, sums = aten._scaled_dot_product_flash_attention_for_cpu(*operands)
@@ -157,6 +168,7 @@ CALLS: list[tuple[Any, ...]] = [
     (aten.roll.default, lambda: (ones(2, 8, 8, 3), [2], [1])),
     (aten.embedding.default, lambda: (ones(9, 4), torch.ones(1, 5, dtype=torch.int64).expand(3, 5))),
     (aten.embedding_dense_backward.default, lambda: (rows(3, 5, 4), torch.ones(3, 5, dtype=torch.int64), 9, -1, False)),
+    *((aten._native_multi_head_attention.default, lambda options=options: whole_attention(*options)) for options in WHOLE),
     (aten._safe_softmax.default, lambda: (ones(2, 4, 5, 7), -1)),
     (aten.native_layer_norm.default, lambda: (rows(2, 5, 8), [8], ones(8), ones(8), 1e-5)),
     (aten.native_layer_norm_backward.default, lambda: normalized(ones(2, 5, 8))),
