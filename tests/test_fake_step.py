@@ -363,7 +363,7 @@ def test_the_modules_own_error_comes_out() -> None:
         (lambda: gp.trace(Two), gp.Training(checkpointing="full"), "layers that repeat"),
         (lambda: gp.trace(lambda: Two().requires_grad_(False)), gp.Training(), "nothing to train"),
         (lambda: gp.trace(lambda: (Two(), Two())), gp.Training(), "one nn.Module"),
-        (lambda: gp.trace(MODELS["nn.Transformer"].build).shard({"dp": 2}), gp.Training(), "the plan shards"),
+        (lambda: gp.trace(Two).place({"*": "cpu"}), gp.Training(), "the plan places tensors"),
     ],
 )
 def test_what_cannot_be_run_is_refused(plan: Callable[[], gp.Plan], training: gp.Training | None, message: str) -> None:
@@ -381,7 +381,7 @@ def test_an_unknown_tier_is_refused() -> None:
     ("fields", "message"),
     [
         ({"implementation": "foreeach"}, "did you mean foreach"),
-        ({"checkpointing": "some"}, "known: none, full"),
+        ({"checkpointing": "some"}, "known: none, selective, full"),
         ({"autocast": torch.float32}, "autocast is torch.float32"),
         ({"loss": 3}, "loss is 3"),
         ({"clip_grad_norm": 0}, "clip_grad_norm is 0"),
