@@ -380,6 +380,7 @@ def test_the_modules_own_error_comes_out() -> None:
         (lambda: gp.trace(Two), gp.Training(checkpointing="full"), "layers that repeat"),
         (lambda: gp.trace(lambda: Two().requires_grad_(False)), gp.Training(), "nothing to train"),
         (lambda: gp.trace(lambda: (Two(), Two())), gp.Training(), "one nn.Module"),
+        (lambda: gp.trace(Two).place({"*": "cpu"}), gp.Training(), "the plan places tensors"),
     ],
 )
 def test_what_cannot_be_run_is_refused(plan: Callable[[], gp.Plan], training: gp.Training | None, message: str) -> None:
