@@ -20,7 +20,8 @@ from .changes import HOST, Change
 from .cluster import Cluster, cluster_of
 from .construct import Walk, memory_device
 from .decisions import Decisions, final_device, final_dtype
-from .optimizers import OPTIMIZERS, Trained
+from .optimizer import Trained
+from .optimizers import OPTIMIZERS
 from .quantizing import Quantizing
 from .rank_memory import LOAD_NOTE, is_ddp, rank_timelines, staged
 from .replayed_run import Allocator, ReplayedRun
@@ -414,7 +415,7 @@ def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
 def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
     sharding = decisions.sharding
     if sharding is not None:
-        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), under torch's own sharding; ranks with like parts share a run"
+        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), under torch's own sharding; like ranks share a run"
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
     yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
     if device.startswith("cuda"):

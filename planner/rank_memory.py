@@ -16,7 +16,7 @@ from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
-from .optimizers import Trained
+from .optimizer import Trained
 from .placing import DISK
 from .quantizing import quantized_names
 from .sharding import Axis, Cut, Sharding
@@ -33,7 +33,7 @@ LOAD_NOTE = "load reads a checkpoint straight into the tensors; on other devices
 class Held:
     """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made.
 
-    `quantized` are the bytes of what has been made of it, which it may have been dropped for; `divided` says that it is a DTensor.
+    `quantized` are the bytes of what has been made of it, which it may have been dropped for; `divided` is so of a DTensor.
     """
 
     tensor: TensorNode

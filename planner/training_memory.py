@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from ..tracer.graph import ParamGraph
 from .changes import HOST, Change
-from .optimizers import Piece, Slot, Trained, clipping_pieces, hidden_matrices, state_pieces, working_pieces
+from .muon import Slot, hidden_matrices
+from .optimizer import Piece, Trained
+from .optimizers import clipping_pieces, state_pieces, working_pieces
 from .workload import Training
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..tracer.errors import DecisionError, nearest
-from .optimizers import OPTIMIZERS, Implementation, check_implementation
+from .optimizer import Implementation
+from .optimizers import OPTIMIZERS, check_implementation
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -18,7 +19,7 @@ Checkpointing = Literal["none", "selective", "full"]
 class Training:
     """Training with one optimizer at its default settings.
 
-    `optimizer` is one of `sgd`, `sgd-momentum`, `adam`, `adamw`, `adafactor`, `adamw-8bit` (torchao's) and `muon` (for the matrices
+    `optimizer` is one of `sgd`, `sgd-momentum`, `adam`, `adamw`, `adafactor`, `adamw-8bit` (torchao's) and `muon` (for matrices
     inside the model, with AdamW for the rest); `planner/optimizers.py` says of each what it takes. Its `implementation` is one of
     `foreach`, `fused`, `for-loop`, or None for the one that it takes on the device by itself. `batch_size` counts samples on one
     device in one micro-batch, `seq_len` counts tokens; `accumulate` micro-batches make a step, and gradients stay between them.

@@ -23,7 +23,8 @@ second, so it is imported when it is called:
 A training step without memory: `fake_step` is that verb, run when `plan.memory(..., tier="T1")` is asked for:
 
 * `fake_tensors`: a module of fake tensors; `example_inputs`: what it is given; `training_step`: the step, on any tensors;
-* `allocations`: what ops allocate and when it goes; `scratch`: the table of what kernels take besides.
+* `allocations`: what ops allocate and when it goes; `scratch`: what kernels take besides; `fake_ops`: fake ops mended;
+* `fake_ranks`: the same of one rank, in a `fake_world`; `fsdp_memory`, `gloo_scratch`, `ddp_buckets`: what engines take for it.
 
 The same for real, held against what was predicted: `verify` is that verb, run when `plan.verify()` is asked for:
 

@@ -53,7 +53,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What is allocated while some code runs: its kind, whose it is, and in the pool of which CUDA stream, by the CPU's stand-in."""
+    """What is allocated while some code runs: its kind, whose it is, and from the pool of which CUDA stream (by its stand-in)."""
 
     kind: Kind
     name: str = ""
@@ -80,6 +80,7 @@ class Allocations(TorchDispatchMode):
         self._host_phases = frozenset(host_phases)  # those that compute in host memory, where the plan's device is another
         self._on_host = False
         self._counts = True
+        self._in_attention = False
         self._phase = START
         self._pieces: list[_Piece] = []
         self._moments: list[Moment] = []
@@ -93,7 +94,7 @@ class Allocations(TorchDispatchMode):
 
     def __enter__(self) -> Allocations:
         self._fake_mode = active_fake_mode()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     # -- what the run tells it ------------------------------------------------------------------------------------------
@@ -148,6 +149,15 @@ class Allocations(TorchDispatchMode):
         finally:
             self._counts = before
 
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Ops in here are those of `scaled_dot_product_attention`."""
+        before, self._in_attention = self._in_attention, True
+        try:
+            yield
+        finally:
+            self._in_attention = before
+
     def taken(self, nbytes: int, op: str) -> None:
         """What a kernel that no dispatch mode sees takes while it runs."""
         self._gone(self._add(self._piece(nbytes, op, *self._place(None))))
@@ -195,7 +205,10 @@ class Allocations(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
         self._settle(node)
+        masked = self._adds_mask(func, args)
+        func = torch.ops.aten.add_.Tensor if masked else func
         out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
+        out = torch.ops.aten.alias.default(out) if masked else out  # autograd expects another tensor
         place = self._place(node)
         for each in _tensors(out):
             storage = each.untyped_storage()
@@ -204,6 +217,16 @@ class Allocations(TorchDispatchMode):
         if self._on_cpu or self._on_host:
             self._take_scratch(func, args, kwargs or {}, out, node, place)
         return out
+
+    def _adds_mask(self, func: Any, args: Any) -> bool:
+        """Whether attention adds its mask to scores: in place where no tensor is of a subclass, which fake ones are.
+
+        aten/src/ATen/native/transformers/attention.cpp `_scaled_dot_product_attention_math`.
+        """
+        if not self._in_attention or func is not torch.ops.aten.add.Tensor or not isinstance(args[0], torch.Tensor):
+            return False
+        index = self._living.get(args[0].untyped_storage()._cdata)
+        return index is not None and self._pieces[index].op == "bmm"
 
     def _settle(self, node: Any) -> None:
         """What is there when a backward begins, or goes on after a checkpoint's second forward, was kept for it.

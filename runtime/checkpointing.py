@@ -38,7 +38,9 @@ def checkpoint_layers(module: Any, checkpointing: Checkpointing) -> None:
     A transformers model that knows how does it itself; of others, the members of one class in an `nn.ModuleList` or
     `nn.Sequential` go through `torch.utils.checkpoint`. Raises `DecisionError` where nothing repeats.
     """
-    options = {"use_reentrant": False, **({"context_fn": selective_contexts} if checkpointing == "selective" else {})}
+    options: dict[str, Any] = {"use_reentrant": False}
+    if checkpointing == "selective":
+        options["context_fn"] = selective_contexts
     if getattr(module, "supports_gradient_checkpointing", False):
         _checkpoint_transformers(module, options)
         return

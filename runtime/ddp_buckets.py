@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import _compute_bucket_assignment_by_size
 
 from ..planner.allocations import FIRST_STEP, STEP, Allocation, Moment, Timeline
 
@@ -50,7 +50,7 @@ def _in_order_of_gradients(run: Timeline, parameters: Mapping[str, torch.Tensor]
 
 def _grouped(parameters: Sequence[torch.Tensor], limits: Iterable[int]) -> list[list[torch.Tensor]]:
     """By torch's own function, which looks at sizes only."""
-    indices, _ = dist._compute_bucket_assignment_by_size(list(parameters), list(limits), [False] * len(parameters))
+    indices, _ = _compute_bucket_assignment_by_size(list(parameters), list(limits), [False] * len(parameters))
     return [[parameters[index] for index in group] for group in indices]
 
 

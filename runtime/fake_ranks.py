@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
+from torch import nn
 from torch.distributed.tensor import DTensor, _random, _sharding_prop
 
 from ..planner.allocations import Timeline
@@ -62,24 +63,29 @@ def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank:
         if training.checkpointing != "none":
             checkpoint_layers(module, training.checkpointing)
         apply_sharding(module, sharding, build.graph, mesh_of(sharding, _HOST))
-        if _is_mixed(module):
-            chosen = _one_by_one(training)
+        if any(isinstance(each, DTensor) for each in module.parameters()):
+            chosen = _stepping_dtensors(chosen, training, module)
         return run_fake(module, inputs, replace(chosen, checkpointing="none"), device, copied, around)
 
 
-def _is_mixed(module: nn.Module) -> bool:
-    """Whether some of the parameters are DTensors and others whole, as tensor parallelism alone leaves them."""
-    return len({isinstance(each, DTensor) for each in module.parameters() if each.requires_grad}) > 1
+def _stepping_dtensors(chosen: Training, asked: Training, module: nn.Module) -> Training:
+    """The implementation in which torch steps these parameters, which are not all whole; raises where it has none.
 
-
-def _one_by_one(training: Training) -> Training:
-    """The only implementation in which torch steps both: the others put all into one op, which refuses."""
-    if training.implementation not in (None, "for-loop"):
+    Tensor parallelism alone leaves DTensors and whole tensors side by side, and only the loop takes both.
+    """
+    if asked.optimizer == "adafactor":
         raise DecisionError(
-            f"implementation={training.implementation!r} steps all parameters in one op, and torch refuses one of DTensors and "
+            "torch.optim.Adafactor does not step parameters that are divided between ranks: it squares their norms in place, "
+            'which DTensor refuses; take another optimizer, such as "adamw-8bit"'
+        )
+    if len({isinstance(each, DTensor) for each in module.parameters() if each.requires_grad}) == 1:
+        return chosen
+    if asked.implementation not in (None, "for-loop"):
+        raise DecisionError(
+            f"implementation={asked.implementation!r} steps all parameters in one op, and torch refuses one of DTensors and "
             'whole tensors, which tensor parallelism leaves side by side; say implementation="for-loop"'
         )
-    return replace(training, implementation="for-loop")
+    return replace(chosen, implementation="for-loop")
 
 
 @contextmanager
@@ -88,7 +94,7 @@ def _propagation_apart() -> Iterator[None]:
 
     Nor are generators kept for each device, as the CPU has none; torch would warn of that at every random op.
     """
-    with mock.patch.object(_sharding_prop, "detect_fake_mode", lambda *_: None), mock.patch.object(_random, "_rng_tracker", None):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
-            yield
+    modes = mock.patch.object(_sharding_prop, "detect_fake_mode", lambda *_: None)
+    with modes, mock.patch.object(_random, "_rng_tracker", None), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
+        yield

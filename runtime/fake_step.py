@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn import functional
 from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.allocations import FIRST_OPTIMIZER, OPTIMIZER, Timeline
 from ..planner.decisions import Decisions, Move
-from ..planner.optimizers import OPTIMIZERS, Trained
+from ..planner.optimizer import Trained
+from ..planner.optimizers import OPTIMIZERS
 from ..planner.workload import Training
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
@@ -78,7 +80,10 @@ def run_fake(
         _label_gradients(found, module, offload)
         found.phase(name)
 
-    with _values_looked_at(), _generators_kept(found), _sequences_not_packed(), around(found), mode:
+    kept = (_values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found))
+    with ExitStack() as stack:
+        for each in (*kept, around(found), mode):
+            stack.enter_context(each)
         make_fake(module, mode)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):
@@ -132,7 +137,7 @@ def _label_gradients(found: Allocations, module: nn.Module, offload: bool) -> No
 
 
 def _label_state(found: Allocations, module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, fused: bool) -> None:
-    """Step counts stay in host memory, unless kernels are fused (torch/optim/adam.py `_init_group`), and so does a learning rate."""
+    """In host memory are step counts, unless kernels are fused (torch/optim/adam.py `_init_group`), and learning rates."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
@@ -185,6 +190,19 @@ def _generators_kept(found: Allocations) -> Iterator[None]:
             yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextmanager
+def _attention_known(found: Allocations) -> Iterator[None]:
+    """Say when attention runs, whose own ops are no function's on a stack."""
+    attend = functional.scaled_dot_product_attention
+
+    def known(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with found.attention():
+            return attend(*args, **kwargs)
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", known):
+        yield
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """One process taken for a rank of many: a process group that talks to nobody, for as long as a fake run lasts.
 
 torch's `fake` backend does every collective at once and leaves what it finds. It stands beside the user's own process groups,
-which keep their names, ranks and caches: torch reads its groups from `torch.distributed.distributed_c10d._world`, "an experimental
+which keep their names and ranks: torch reads its groups from `torch.distributed.distributed_c10d._world`, an "experimental
 extension point to override it", and a world of our own is put there.
 """
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import _unregister_process_group
 from torch.distributed import distributed_c10d
 
 _numbers = itertools.count(10**9, 10**4)
@@ -32,7 +33,7 @@ class _World(distributed_c10d._World):
     group_count: Any = None
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.pg_map, self.pg_names, self.pg_group_ranks, self.pg_backend_config = {}, {}, {}, {}
         self.tags_to_pg, self.pg_to_tag = {}, {}
         self.group_count = next(_numbers)
@@ -47,15 +48,15 @@ def fake_world(ranks: int, rank: int) -> Iterator[None]:
     forget_meshes()
     world = distributed_c10d._world = _World()
     try:
-        dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())  # type: ignore[no-untyped-call]
+        dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         yield
     finally:
         for group, name in list(world.pg_names.items()):
             group.shutdown()
-            distributed_c10d._unregister_process_group(name)
+            _unregister_process_group(name)
         distributed_c10d._world, distributed_c10d._default_pg_init_method, sys.excepthook = kept
         own = distributed_c10d._world.default_pg
-        distributed_c10d._update_default_pg(own)  # type: ignore[arg-type]
+        distributed_c10d._update_default_pg(own)
         forget_meshes()
 
 

@@ -1,8 +1,8 @@
 """What gloo's collectives take beside their results while they run, on the CPU: the counterpart of `scratch` for process groups.
 
 Each entry gives the bytes of one call, with its source in torch/csrc/distributed/c10d; `tests/test_fake_ranks.py` holds them
-against `torch.profiler` in real processes. Measured with torch 2.13. What NCCL takes beside tensors is a constant of a communicator
-(`planner/overheads.py`), not of a call.
+against `torch.profiler` in real processes. Measured with torch 2.13. What NCCL takes beside tensors is a constant of a
+communicator (`planner/overheads.py`), not of a call.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _reducing(args: Any, out: Any) -> int:
 
 def _average(op: Any, tensor: torch.Tensor) -> int:
     """A sum is divided in place by a number, which becomes a tensor: ProcessGroupGlooDetail.hpp `AsyncAllreduceWork::run`."""
-    averages = op == "avg" if isinstance(op, str) else op.op() == int(dist.ReduceOp.AVG)
+    averages = op == "avg" if isinstance(op, str) else op.op() == int(dist.ReduceOp.AVG.value)
     return 8 + int(tensor.dtype.itemsize) if averages else 0
 
 

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..planner.optimizers import Slot, compiled_bytes, hidden_matrices
+from ..planner.adam import compiled_bytes
+from ..planner.muon import Slot, hidden_matrices
 from ..planner.workload import Training
 from ..tracer.errors import DecisionError
 
@@ -104,7 +105,7 @@ def on_fake_tensors(
     """
     with ExitStack() as stack:
         if training.optimizer == "adafactor":
-            stack.enter_context(_NumbersMadeUp())
+            stack.enter_context(_NumbersMadeUp())  # type: ignore[no-untyped-call]
         if training.optimizer == "adamw-8bit":
             stack.enter_context(_not_compiled(on_cuda, uncounted, taken))
         yield

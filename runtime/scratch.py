@@ -131,7 +131,7 @@ _BLOCK, _BYTE_BLOCK = 60, 120
 
 
 def _transposed_copy(source: torch.Tensor, target: torch.Tensor) -> int:
-    """A block that a matrix is transposed by: aten/src/ATen/native/Copy.cpp `copy_transpose_valid`, `copy_same_type_transpose_`."""
+    """A block that a matrix is transposed by: aten/src/ATen/native/Copy.cpp `copy_same_type_transpose_`."""
     same = source.dtype == target.dtype and source.shape == target.shape and source.dim() == 2
     if not same or source.numel() < _BLOCK**2 or source.stride() != (1, source.shape[0]) or not target.is_contiguous():
         return 0
@@ -160,9 +160,11 @@ def _made_contiguous(*positions: int) -> Entry:
 
 
 def _common_dtype(args: Any, out: Any) -> int:
-    """Copies of operands that have another dtype than the result: aten/src/ATen/TensorIterator.cpp `compute_types`."""
-    operands = [each for each in args if isinstance(each, torch.Tensor)]
-    return sum(each.numel() * int(out.dtype.itemsize) for each in operands if each.dtype != out.dtype)
+    """Copies of operands that have another dtype than the common one: aten/src/ATen/TensorIterator.cpp `compute_types`."""
+    operands = [each for each in args[:2] if isinstance(each, torch.Tensor)]
+    common = torch.result_type(*operands) if len(operands) == 2 else out.dtype
+    converted = [each for each in (*operands, out) if each.dtype != common]
+    return sum(each.numel() * int(common.itemsize) for each in converted)
 
 
 def _roll(args: Any, out: Any) -> int:
@@ -279,6 +281,7 @@ TABLE: Mapping[Any, Entry] = {
     aten.sub.Tensor: _common_dtype,
     aten.mul.Tensor: _common_dtype,
     aten.div.Tensor: _common_dtype,
+    aten.add_.Tensor: _common_dtype,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
     aten.roll.default: _roll,

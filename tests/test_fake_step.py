@@ -40,18 +40,12 @@ def peaks_of(plan: gp.Plan, training: gp.Training) -> Mapping[str, int]:
 # -- equal to the byte --------------------------------------------------------------------------------------------------
 
 
-NEARLY = {("Swin", "bfloat16"): {"first_step": 8192, "step": 8192}}
-"""Bytes that a fake step takes more: what a dispatch mode is called with stays until it returns, also in a real run under one."""
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_fake_step_takes_what_a_real_one_does(model: str, setting: str) -> None:
     case = MODELS[model]
     plan, training = gp.trace(case.build), gp.Training(inputs=case.inputs, **SETTINGS[setting])
-    more = NEARLY.get((model, setting), {})
-    real = {phase: nbytes + more.get(phase, 0) for phase, nbytes in measured_peaks(plan, training).items()}
-    assert peaks_of(plan, training) == real
+    assert peaks_of(plan, training) == measured_peaks(plan, training)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +125,7 @@ def normalized(value: torch.Tensor) -> tuple[Any, ...]:
     return torch.ones_like(value), value, [value.shape[-1]], mean, deviation, width, width, MASK
 
 
-CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
+CALLS: list[tuple[Any, ...]] = [
     (aten.add.Tensor, lambda: (ones(5, 7), ones(5, 7, dtype=BF16))),
     (aten.sub.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(7))),
     (aten.mul.Tensor, lambda: (ones(5, 7), 2.0)),
@@ -146,6 +140,9 @@ CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
     (aten.mm.default, lambda: (ones(1, 1).expand(5, 7), ones(7, 9))),
     (aten.mm.default, lambda: (rows(5, 7), rows(7, 9))),
     (aten.addmm.default, lambda: (ones(9), ones(5, 7), ones(1, 1).expand(7, 9))),
+    (aten.add_.Tensor, lambda: (ones(5, 7), ones(5, 7, dtype=BF16))),
+    (aten.add_.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(5, 7))),
+    (aten.add_.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(7))),
     (aten.addmm.default, lambda: (rows(64, 80), ones(64, 7), ones(7, 80))),
     (aten.clone.default, lambda: (rows(64, 80),)),
     (aten.clone.default, lambda: (rows(64, 80),), CONTIGUOUS),
@@ -366,7 +363,7 @@ def test_the_modules_own_error_comes_out() -> None:
         (lambda: gp.trace(Two), gp.Training(checkpointing="full"), "layers that repeat"),
         (lambda: gp.trace(lambda: Two().requires_grad_(False)), gp.Training(), "nothing to train"),
         (lambda: gp.trace(lambda: (Two(), Two())), gp.Training(), "one nn.Module"),
-        (lambda: gp.trace(MODELS["nn.Transformer"].build).shard({"dp": 2}), gp.Training(), "the plan shards"),
+        (lambda: gp.trace(Two).place({"*": "cpu"}), gp.Training(), "the plan places tensors"),
     ],
 )
 def test_what_cannot_be_run_is_refused(plan: Callable[[], gp.Plan], training: gp.Training | None, message: str) -> None:
@@ -384,7 +381,7 @@ def test_an_unknown_tier_is_refused() -> None:
     ("fields", "message"),
     [
         ({"implementation": "foreeach"}, "did you mean foreach"),
-        ({"checkpointing": "some"}, "known: none, full"),
+        ({"checkpointing": "some"}, "known: none, selective, full"),
         ({"autocast": torch.float32}, "autocast is torch.float32"),
         ({"loss": 3}, "loss is 3"),
         ({"clip_grad_norm": 0}, "clip_grad_norm is 0"),

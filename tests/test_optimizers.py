@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,17 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import groundplan as gp
+from groundplan.planner.adam import compiled_bytes, is_quantized
 from groundplan.planner.allocations import FIRST_OPTIMIZER, OPTIMIZER, Timeline
-from groundplan.planner.optimizers import (
-    OPTIMIZERS,
-    Implementation,
-    Trained,
-    clipping_pieces,
-    compiled_bytes,
-    is_quantized,
-    state_pieces,
-    working_pieces,
-)
+from groundplan.planner.optimizer import Implementation, Trained
+from groundplan.planner.optimizers import OPTIMIZERS, clipping_pieces, state_pieces, working_pieces
 from groundplan.planner.training_memory import hidden_names
 from groundplan.runtime.optimizers import hidden_parameters, optimizers_of
 
@@ -85,7 +77,7 @@ shapes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(shapes=shapes, dtype=st.sampled_from([F32, BF16]), chosen=st.sampled_from(EVERY))
 def test_the_state_is_that_of_the_real_optimizer(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, chosen: tuple[str, Implementation]
@@ -143,7 +135,14 @@ def state_of(closed: gp.Memory, device: str) -> int:
     return closed.by_device["step"].get(device, 0) - closed.by_device["first_step"].get(device, 0)
 
 
-@pytest.mark.parametrize("model", SIX)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "Llama",
+        "matrices",
+        *(pytest.param(name, marks=pytest.mark.conformance) for name in ("BERT", "LSTM", "convolutions", "half")),
+    ],
+)
 def test_the_closed_form_is_what_a_run_takes(model: str) -> None:
     plan = gp.trace(SIX[model].build).to("cuda")
     for name, implementation in EVERY:
@@ -216,7 +215,7 @@ def test_adafactor_keeps_rows_and_columns() -> None:
     assert on_device == [(0, 4 * (5 * 8 + 5 * 6)), (1, 14)] and total(on_host) == 8
     whole = 4 * 8 * 6 * 5
     assert total(working_pieces("adafactor", None, [Trained("cpu", (5, 8, 6), F32)])) == whole + 4 * (5 * 8 + 5 * 6 + 5)
-    assert total(working_pieces("adafactor", None, [Trained("cpu", (5, 8, 6), F32)] * 2)) == 2 * whole + 4 * (5 * 8 + 5 * 6)
+    assert total(working_pieces("adafactor", None, [Trained("cpu", (5, 8, 6), F32)] * 2)) == 2 * whole + 4 * (5 * 8 + 5 * 6 + 5)
 
 
 def test_foreach_holds_two_groups_at_once() -> None:
@@ -339,16 +338,16 @@ class Products(nn.Module):
         return value.sum()
 
 
-def kept_in_forward(checkpointing: Any) -> list[str]:
-    """The ops whose results a forward keeps for the backward."""
-    run = compared(gp.trace(Products), gp.Training("sgd", inputs=lambda: (torch.ones(8, 32),), checkpointing=checkpointing))[1]
-    return sorted(each.op for each in run.allocations if each.kind == "activation" and each.nbytes == 8 * 32 * 4)
+def products_run(checkpointing: Any) -> int:
+    training = gp.Training("sgd", inputs=lambda: (torch.ones(8, 32),), checkpointing=checkpointing)
+    return sum(each.op == "mm" for each in compared(gp.trace(Products), training)[1].allocations)
 
 
-def test_every_other_product_is_kept() -> None:
-    steps = 2
-    full, selective = kept_in_forward("full"), kept_in_forward("selective")
-    assert selective.count("mm") - full.count("mm") == steps * 2 * 2 - steps * 0 or selective.count("mm") > full.count("mm")
+def test_every_other_product_runs_again() -> None:
+    """Two steps of two layers: with full checkpointing four products of each run again, by op the second and the fourth."""
+    once = products_run("none")
+    assert products_run("full") - once == 2 * 2 * 4
+    assert products_run("selective") - once == 2 * 2 * 2
 
 
 def test_selective_is_between_none_and_full() -> None:
@@ -358,10 +357,3 @@ def test_selective_is_between_none_and_full() -> None:
         run = compared(gp.trace(MODELS["Llama"].build), training)[1]
         peaks.append(run.peaks["step"]["cpu"])
     assert peaks == sorted(peaks) and len(set(peaks)) == 3
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
-
-
-Loss = Callable[[Any], torch.Tensor]
