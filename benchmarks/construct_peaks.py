@@ -77,7 +77,7 @@ def rank(kind: str, model: str, cast: str, more: str, folder: str) -> None:
     axes, _, checkpoint = more.partition(" ")
     plan = planned(model, cast).shard({name: int(size) for name, size in (axis.split("=") for axis in axes.split(","))})
     memory = plan.memory().rank(dist.get_rank())
-    options = {"checkpoint": checkpoint, "missing": "error"} if checkpoint else {"seed": 0}
+    options = {"seed": 0} | ({"checkpoint": checkpoint, "missing": "error"} if checkpoint else {})
     found = peak_of(plan, "load" if checkpoint else "construct", lambda: plan.materialize(**options), memory)
     Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
