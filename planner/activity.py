@@ -35,7 +35,9 @@ def trained(
     return training_phases([*weights, *inputs(profile, device)], reached, workload, active)
 
 
-def activity(profile: Profile, gradients: Sequence[Change], device: str, accumulate: int = 1, fsdp: Fsdp | None = None) -> list[Change]:
+def activity(
+    profile: Profile, gradients: Sequence[Change], device: str, accumulate: int = 1, fsdp: Fsdp | None = None
+) -> list[Change]:
     """What is there when most is, what goes after that, and the gradients that stay.
 
     With several micro-batches, the same once more for a later one, which adds to the gradients of those before.
@@ -76,5 +78,3 @@ def _name(held: Held) -> str:
     if held.kind == "gradient":
         return held.name
     return held.name if held.kind in ("activation", "temporary") else f"{held.kind} of {held.name}"
-
-

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
+from torch import nn
 from torch.distributed.tensor import DTensor, _random, _sharding_prop
 
 from ..planner.allocations import Timeline

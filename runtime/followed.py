@@ -48,7 +48,9 @@ class Followed(Allocations):
         handles: list[Any] = []
         for name in dict.fromkeys(["", *names]):
             each = module.get_submodule(name)
-            handles.append(each.register_forward_pre_hook(lambda _, *given, name=name: self._enter(name, given), with_kwargs=True))
+            handles.append(
+                each.register_forward_pre_hook(lambda _, *given, name=name: self._enter(name, given), with_kwargs=True)
+            )
             handles.append(each.register_forward_hook(lambda *_, name=name: self._leave(name), always_call=True))
         return handles
 

@@ -142,5 +142,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.disabled = disabled
-
-
