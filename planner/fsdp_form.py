@@ -2,12 +2,12 @@
 
 torch/distributed/fsdp/_fully_shard/ says when, and which function of it is named at each turn:
 
-* before a unit's forward its parameters are gathered (`FSDPParamGroup.unshard`, `wait_for_unshard`): the buffer of the all-gather is
+* before a unit's forward its parameters are gathered (`FSDPParamGroup.unshard`, `wait_for_unshard`): the all-gather's buffer is
   there beside the whole parameters until the next unit has been gathered, in the backward only until it is copied out;
 * after it they are freed (`reshard`), or kept, or a larger part of them is, by `reshard_after_forward`;
-* when the backward comes to a unit they are gathered again, and the buffer of the unit that comes next as well (`_backward_prefetch`);
-* after its backward (`post_backward`) its gradients are copied into the buffer of a reduce-scatter, which stays until the next unit's
-  (`foreach_reduce`); what comes out is this rank's gradients, converted if they are reduced in another dtype.
+* when the backward comes to a unit they are gathered again, and into its buffer the unit that comes next (`_backward_prefetch`);
+* after its backward (`post_backward`) its gradients are copied into the buffer of a reduce-scatter, which stays until the next
+  unit's (`foreach_reduce`); what comes out is this rank's gradients, converted if they are reduced in another dtype.
 
 A unit whose inputs need no gradient, such as the module as a whole, is reduced when all of the backward is over.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from .allocations import Kind
 from .profile import Event, Mark, Profile, Stretch
 from .step_form import Extra, Script, between
 
@@ -52,8 +53,8 @@ class Unit:
 class Fsdp:
     """How FSDP2 is applied: to which units, over how many ranks, and by which settings.
 
-    `reshard` is `reshard_after_forward`; `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of
-    the axis that gradients are reduced along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu`:
+    `reshard` is `reshard_after_forward`; `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size
+    of the axis that gradients are reduced along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu`:
     collectives are gloo's, which copies what it is given.
     """
 
@@ -92,7 +93,7 @@ def _gradients(profile: Profile, fsdp: Fsdp) -> dict[str, dict[str, int]]:
     return found
 
 
-_BUFFER = "communication buffer"
+_BUFFER: Kind = "communication buffer"
 _Step = Event | Extra
 
 
@@ -199,10 +200,10 @@ class _Turns:
             made = Extra(_BUFFER, self._label(unit), sum(part.numel * part.itemsize for part in unit.parts))
             yield made
             if fsdp.copies > 1:
-                self.kept.append(reduced._replace(count=self.times))
+                self.kept.append(replace(reduced, count=self.times))
             else:
-                yield reduced._replace(count=-1)
-        yield made._replace(count=-1)
+                yield replace(reduced, count=-1)
+        yield replace(made, count=-1)
         if not fsdp.offload and not fsdp.accumulates:
             yield from (Extra("gradient", part.name, part.numel * part.itemsize) for part in unit.parts)
 
@@ -212,11 +213,11 @@ class _Turns:
             if name not in self.reduced and (name in self.order or name in self.whole):
                 yield from (_times(step, self.times_of[name]) for step in self._reduce(self.fsdp.units[name]))
         yield from self._drop_last()
-        yield from (each._replace(count=-each.count) for each in self.kept)
+        yield from (replace(each, count=-each.count) for each in self.kept)
 
     def _drop_last(self) -> Iterator[_Step]:
         if self.last_reduced is not None:
-            yield self.last_reduced._replace(count=-1)
+            yield replace(self.last_reduced, count=-1)
             self.last_reduced = None
 
     # -- parameters -----------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ class _Turns:
         yield self._buffer(unit, 1)
         if self.fsdp.on_cpu:
             yield from _passing(Extra("temporary", self._label(unit), unit.gathered * self.fsdp.ranks))
-        yield taken._replace(count=-1)
+        yield replace(taken, count=-1)
 
     def _buffer(self, unit: Unit, count: int) -> Extra:
         return Extra(_BUFFER, self._label(unit), unit.gathered * self.fsdp.ranks, count)
@@ -264,8 +265,8 @@ class _Turns:
 
 
 def _passing(extra: Extra) -> tuple[Extra, Extra]:
-    return extra, extra._replace(count=-1)
+    return extra, replace(extra, count=-1)
 
 
 def _times(step: _Step, times: int) -> _Step:
-    return replace(step, count=step.count * times) if isinstance(step, Event) else step._replace(count=step.count * times)
+    return replace(step, count=step.count * times)

@@ -266,7 +266,7 @@ def memory(
     if _is_of_a_rank(decisions):
         ranks = distinct_ranks(decisions.sharding)
         return max((_of_rank(graph, decisions, workload, profile, rank) for rank in ranks), key=lambda each: each.peak)
-    timelines = timelines_of(graph, decisions, workload, profile)
+    timelines = timelines_of(graph, decisions, workload, profile=profile)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     left_out = () if workload is None or isinstance(profile, Profile) else ("activations",)
     notes = tuple(_notes(decisions, workload, profile))
@@ -277,8 +277,8 @@ def timelines_of(
     graph: ParamGraph,
     decisions: Decisions,
     workload: Training | None,
-    profile: Profile | NoProfile | None = None,
     rank: int = 0,
+    profile: Profile | NoProfile | None = None,
 ) -> dict[str, list[Change]]:
     """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
     known = profile if isinstance(profile, Profile) else None
@@ -299,7 +299,7 @@ def _of_rank(
     graph: ParamGraph, decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None, rank: int
 ) -> Memory:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
-    timelines = timelines_of(graph, decisions, workload, profile, rank)
+    timelines = timelines_of(graph, decisions, workload, rank, profile)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
     return Memory(
         by_device,

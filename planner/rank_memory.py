@@ -18,7 +18,7 @@ from .activity import inputs, trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .exchanges import attention_output, ring_attention
-from .fsdp_form import Fsdp, Part, Unit
+from .fsdp_form import Fsdp
 from .local_parts import LocalParts, coordinate_of
 from .optimizer import Trained
 from .pipeline_memory import pipeline_activity
@@ -28,6 +28,7 @@ from .quantizing import quantized_names
 from .records import dtype_named
 from .sharding import Axis, Sharding
 from .training_memory import Stepped, hidden_names, training_phases
+from .units import fsdp_of
 from .workload import Training
 
 READ_BYTES = 2**24
@@ -75,7 +76,8 @@ def rank_timelines(
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
         stepped = _stepped(held, graph, decisions, workload)
         buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
-        device, fsdp = computing_device(graph, decisions), None if profile is None else fsdp_of(graph, decisions, rank)
+        device = computing_device(graph, decisions)
+        fsdp = None if profile is None else fsdp_of(graph, decisions, held, device)
         weights_then = [*padded, *buckets]
         if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:
             active = _in_pipeline(profile, decisions.sharding, rank, [each.gradient for each in stepped], device, fsdp)
@@ -120,48 +122,6 @@ def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, work
         trained = Trained(each.device, each.shape, final_dtype(tensor, decisions), tensor.name in hidden, whole)
         found.append(Stepped(trained, _change(each, each.padded * each.itemsize)))
     return found
-
-
-def fsdp_of(graph: ParamGraph, decisions: Decisions, rank: int) -> Fsdp | None:
-    """How FSDP2 is applied to what a rank holds; None where nothing is sharded."""
-    sharding = decisions.sharding
-    if sharding is None or not sharding.shards:
-        return None
-    ranks, device = sharding.shard_ranks, computing_device(graph, decisions)
-    reshard = (
-        sharding.reshard
-        if isinstance(sharding.reshard, bool)
-        else {1: False, ranks: True}.get(sharding.reshard, sharding.reshard)
-    )
-    reduced = sharding.reduce_dtype if sharding.reduce_dtype != sharding.compute_dtype else None
-    return Fsdp(
-        units=_units(graph, decisions, rank),
-        ranks=ranks,
-        reshard=reshard,
-        reduce_itemsize=None if reduced is None else dtype_named(reduced).itemsize,
-        copies=sharding.size("replicate"),
-        offload=sharding.offload and device != HOST,
-        on_cpu=device == HOST,
-    )
-
-
-def _units(graph: ParamGraph, decisions: Decisions, rank: int) -> dict[str, Unit]:
-    """FSDP's units, each with the parameters that no unit inside it has; the whole is one, in the order of the modules."""
-    assert decisions.sharding is not None
-    names = {"", *decisions.sharding.unit_names(graph)}
-    parts: dict[str, list[Part]] = {module.name: [] for module in graph.modules if module.name in names}
-    dtype = decisions.sharding.compute_dtype
-    for each in _held(graph, decisions, rank):
-        if each.tensor.kind == "parameter":
-            gathered = dtype_named(dtype).itemsize if dtype is not None and each.tensor.dtype.is_floating_point else each.itemsize
-            parts[_owner(each.tensor.name, names)].append(Part(each.tensor.name, each.padded, each.itemsize, gathered))
-    return {name: Unit(name, tuple(found)) for name, found in parts.items()}
-
-
-def _owner(name: str, units: set[str]) -> str:
-    while name not in units:
-        name = name.rpartition(".")[0]
-    return name
 
 
 def weights_of(graph: ParamGraph, decisions: Decisions, rank: int) -> list[Change]:

@@ -25,8 +25,9 @@ def training_phases(
 ) -> tuple[dict[str, list[Change]], list[Change]]:
     """The phases of a training step, on top of `weights`, and the optimizer's state by itself.
 
-    `active` is what forward and backward do (`activity.py`); without it only the gradients that they leave are counted. With several micro-batches in a step the gradients of the ones before stay, so that they are there from the beginning, and a
-    new one is there in full before it is added to the old (torch/csrc/autograd/functions/accumulate_grad.h).
+    `active` is what forward and backward do (`activity.py`); without it only the gradients that they leave are counted. With
+    several micro-batches in a step the gradients of the ones before stay, so that they are there from the beginning, and a new
+    one is there in full before it is added to the old (torch/csrc/autograd/functions/accumulate_grad.h).
     """
     parameters, gradients = [each.parameter for each in stepped], [each.gradient for each in stepped]
     chosen = (workload.optimizer, workload.implementation, parameters)

@@ -55,17 +55,14 @@ def _rounds(index: int, run: Run, items: Sequence[Item]) -> Iterator[_Piece]:
     """
     rounds = {name: found for place, name in enumerate(run.layers) if (found := run.round_of(place)) is not None}
     for turn, order in (("forward", range(ROUNDS)), ("backward", range(ROUNDS - 1, -1, -1))):
-        begins = [(place, rounds[each.unit]) for place, each in enumerate(items) if _is_of(each, turn, rounds)]
-        ends = [place for place, each in enumerate(items) if _is_of(each, f"{turn} ends", rounds)]
+        marks = [(place, each) for place, each in enumerate(items) if isinstance(each, Mark) and each.unit in rounds]
+        begins = [(place, rounds[each.unit]) for place, each in marks if each.turn == turn]
+        ends = [place for place, each in marks if each.turn == f"{turn} ends"]
         if [each for _, each in begins] != [each for each in order for _ in range(run.period)] or len(ends) != len(begins):
             raise CannotSkip(f"the {turn} does not go through the layers one after the other, once each")
         edges = [*(place for place, _ in begins[:: run.period]), max(ends) + 1]
         for (start, end), each in zip(pairwise(edges), order, strict=True):
             yield _Piece(start, end, index, run.rounds - ROUNDS + 1 if each == _STANDS_FOR_OTHERS else 1)
-
-
-def _is_of(item: Item, turn: str, names: Mapping[str, int]) -> bool:
-    return isinstance(item, Mark) and item.turn == turn and item.unit in names
 
 
 def _with_gaps(pieces: list[_Piece], end: int) -> Iterator[_Piece]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ class Skipping:
         seen = self._skip if self._run.round_of(position) is None else self._call
 
         def call(each: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return seen(position, super(changed, each).__call__, args, kwargs)
+            return seen(position, partial(own.__call__, each), args, kwargs)
 
         changed = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
         layer.__class__ = changed

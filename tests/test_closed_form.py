@@ -114,7 +114,7 @@ class Glued(nn.Module):
         return value
 
 
-@pytest.mark.parametrize("between", [lambda value: torch.tanh(value), lambda value: value.relu_()], ids=["tanh", "relu_"])
+@pytest.mark.parametrize("between", [torch.tanh, torch.relu_], ids=["tanh", "relu_"])
 def test_layers_that_cannot_be_skipped_are_run(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
     plan, training = gp.trace(Glued, between), gp.Training("sgd", inputs=(torch.ones(64, 8),))
     assert plan.memory(training).phases["step"] == plan.memory(training, tier="T1").phases["step"]
@@ -215,18 +215,14 @@ def test_gradients_that_are_added_go_at_once() -> None:
     assert peak_of(plain(profile)).nbytes == 21 and peak_of(plain(profile), added=True).nbytes == 7
 
 
+Pairs = list[tuple[int, int]]
+pairs = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 2, -1])), max_size=4)
+drawn_blocks = st.lists(st.tuples(st.integers(1, 4), st.lists(pairs, max_size=3)), max_size=4)
+
+
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 4),
-            st.lists(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 2, -1])), max_size=4), max_size=3),
-        ),
-        max_size=4,
-    ),
-    st.booleans(),
-)
-def test_sums_are_those_of_every_time_by_itself(drawn: list[tuple[int, list[list[tuple[int, int]]]]], added: bool) -> None:
+@given(drawn_blocks, st.booleans())
+def test_sums_are_those_of_every_time_by_itself(drawn: list[tuple[int, list[Pairs]]], added: bool) -> None:
     blocks = tuple(Block(times, tuple(one(*(Event(*pair) for pair in events)) for events in parts)) for times, parts in drawn)
     profile = Profile(ALL, blocks, ())
     now = most = 0
@@ -261,7 +257,7 @@ def fsdp_step(reshard: bool | int = True, reduce_itemsize: int | None = 4, copie
         *(Mark("backward", ""), Mark("backward", "a"), Mark("backward ends", "a"), Mark("backward ends", "")),
     ]
     gradient = Allocation("gradient", 800, "cuda:0", "a.weight")
-    parts = [*turns[:6], stretch([Event(0, 1)], (gradient,)), *turns[6:]]
+    parts: list[Mark | Stretch] = [*turns[:6], stretch([Event(0, 1)], (gradient,)), *turns[6:]]
     profile = Profile((gradient,), (Block(1, tuple(parts)),), (), early=frozenset({"a"}))
     fsdp = Fsdp({"": unit("", 10), "a": unit("a", 100)}, 4, reshard, reduce_itemsize, copies)
     (script,) = with_fsdp(profile, fsdp)
