@@ -17,9 +17,10 @@ from .planner.calibration import Calibration
 from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
+from .planner.estimate import memory, memory_of_run
 from .planner.inference import Inference
 from .planner.inference_memory import by_rule, inference_memory, weights_alone
-from .planner.memory import Memory, memory, memory_of_run
+from .planner.memory import Memory
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.profile import NoProfile, Profile

@@ -9,9 +9,10 @@ from ..tracer.graph import ParamGraph
 from .allocations import FIRST_STEP, STEP, Allocation, Timeline
 from .cuda_left_out import left_out_of
 from .decisions import Decisions
+from .estimate import largest_of, memory
 from .inference import Inference
 from .inference_parts import as_planned
-from .memory import Binding, Memory, largest_of, memory
+from .memory import Binding, Memory
 from .rank_memory import weights_of
 from .replayed_run import Allocator, is_cuda
 from .reserved import with_reserved

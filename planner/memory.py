@@ -1,51 +1,25 @@
-"""How many bytes each phase takes on each device, in closed form, before anything is built.
-
-A phase is a list of `Change`s: allocations and releases in the order in which they happen. Its peak on a device is the highest
-running sum, and the tensors that make the peak are those resident at that moment. All sizes are bytes of tensor storage.
-"""
+"""The noun of what a plan takes: `Memory`, the peak bytes of every phase on each device, and what makes them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..tracer.errors import GroundplanError
-from ..tracer.graph import ParamGraph
-from .activity import trained
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .allocator_events import Usage
 from .calibration import Calibration
-from .changes import HOST, Change
+from .changes import Change
 from .cluster import Cluster, cluster_of
-from .construct import Walk, memory_device
-from .cuda_left_out import left_out_of
-from .decisions import Decisions, final_device, final_dtype
-from .local_parts import distinct_ranks
-from .optimizer import Trained
-from .optimizers import OPTIMIZERS
-from .profile import NoProfile, Profile
-from .quantizing import Quantizing
-from .rank_memory import LOAD_NOTE, computing_device, is_ddp, rank_timelines, staged
 from .replayed_run import Allocator, ReplayedRun
 from .series import Series, series_of_changes, series_of_run
-from .sharding import Sharding
-from .training_memory import Stepped, hidden_names
 from .verdict import MARGIN, Verdict, verdict
-from .workload import Training
-
-_SHOWN_TENSORS = 10
-
-RESERVED = "what CUDA's caching allocator reserves beside"
-"""Left out of tier T1: a fifth of the active bytes and more (docs/decisions/021-published-runs.md). Tier T2 has it."""
 
 
 class RankError(GroundplanError, IndexError):
     """A rank that the plan does not have."""
-
-
-# -- what is returned ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +106,7 @@ class Memory:
         """What is there at the peak, the largest first; nothing where the peak is in no phase of a run."""
         if self.run is None or self.binding.phase not in self.run.peaks:
             return []
-        return self.run.at_peak(_run_phase(self), self.binding.device)
+        return self.run.at_peak(run_phase(self), self.binding.device)
 
     def series(self, device: str | None = None) -> Series | None:
         """What is held on a device over time, by kind, at the moments that a drawing needs; of the binding device if None.
@@ -157,7 +131,8 @@ class Memory:
 
         Besides the tensors there are the CUDA context, workspaces and communicators, which the verdict names, and `margin`, a
         share of all that (0.2 if None). "fits" leaves the margin free; "tight" has room for what is needed, but not for the
-        margin, or the prediction leaves something out. As a condition, the verdict is true for "fits" only.
+        margin, or the prediction leaves something out. As a condition, the verdict is true for "fits" only. Of a run on CUDA
+        devices counts what is reserved, at torch's defaults if it was not asked for otherwise.
 
         With a `calibration`, or the path of one (`verification.save_calibration(path)`), what was measured takes the place of the
         named constants, and its error bar that of the margin, which stays for what was not measured.
@@ -170,7 +145,16 @@ class Memory:
         ('fits', 'tight', 'does not fit')
         """
         known = calibration if calibration is None or isinstance(calibration, Calibration) else Calibration.load(calibration)
-        return verdict(self, cluster_of(cluster), MARGIN if margin is None else margin, known)
+        machine = cluster_of(cluster)
+        return verdict(self._with_reserved(machine), machine, MARGIN if margin is None else margin, known)
+
+    def _with_reserved(self, cluster: Cluster) -> Memory:
+        """The same with what CUDA's caching allocator makes of a run at torch's defaults, where there is a run."""
+        if self.run is None or self.allocator is not None or not any(each.startswith("cuda") for each in self.devices):
+            return self
+        from .reserved import with_reserved
+
+        return with_reserved(self, Allocator.of(None, cluster))
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data; all sizes in bytes."""
@@ -250,275 +234,8 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
 
 
-# -- the verb -----------------------------------------------------------------------------------------------------------
-
-
-def memory(
-    graph: ParamGraph, decisions: Decisions, workload: Training | None = None, profile: Profile | NoProfile | None = None
-) -> Memory:
-    """The bytes of each phase for building `graph` by `decisions` and, with a `workload`, for training it.
-
-    A `profile` of the module for that workload says what forward and backward take; without one that is left out.
-
-    Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
-    Raises `DecisionError` where a cast gives one tied tensor two dtypes.
-    """
-    if _is_of_a_rank(decisions):
-        ranks = distinct_ranks(decisions.sharding)
-        return max((_of_rank(graph, decisions, workload, profile, rank) for rank in ranks), key=lambda each: each.peak)
-    timelines = timelines_of(graph, decisions, workload, profile=profile)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    left_out = () if workload is None or isinstance(profile, Profile) else ("activations",)
-    notes = tuple(_notes(decisions, workload, profile))
-    return Memory(by_device, _binding(by_device, timelines), notes, left_out=left_out, changes=timelines)
-
-
-def timelines_of(
-    graph: ParamGraph,
-    decisions: Decisions,
-    workload: Training | None,
-    rank: int = 0,
-    profile: Profile | NoProfile | None = None,
-) -> dict[str, list[Change]]:
-    """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
-    known = profile if isinstance(profile, Profile) else None
-    if _is_of_a_rank(decisions):
-        return rank_timelines(graph, decisions, workload, rank, known)
-    walk = Walk(graph)
-    for step in decisions.steps:
-        walk.take(step)
-    walk.finish()
-    return _timelines(graph, decisions, workload, walk, known)
-
-
-def _is_of_a_rank(decisions: Decisions) -> bool:
-    return decisions.sharding is not None or decisions.placing is not None or bool(decisions.quantizing)
-
-
-def _of_rank(
-    graph: ParamGraph, decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None, rank: int
-) -> Memory:
-    """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
-    timelines = timelines_of(graph, decisions, workload, rank, profile)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    return Memory(
-        by_device,
-        _binding(by_device, timelines),
-        tuple(_rank_notes(decisions, workload, profile, rank)),
-        1 if decisions.sharding is None else decisions.sharding.ranks,
-        lambda index: _of_rank(graph, decisions, workload, profile, index),
-        () if workload is None or isinstance(profile, Profile) else ("activations", "gathered units", "communication buffers"),
-        _communicators(decisions),
-        changes=timelines,
-        distinct=distinct_ranks(decisions.sharding),
-    )
-
-
-def _communicators(decisions: Decisions) -> int:
-    """One for each axis along which there are several ranks, and one for all ranks together where that is another group.
-
-    Another for the shard and context axes as one, and for the ranks that FSDP divides the same experts between.
-    """
-    sharding = decisions.sharding
-    if sharding is None:
-        return 0
-    axes = [axis for axis in sharding.axes if axis.size > 1]
-    flattened = sharding.size("shard") > 1 and sharding.size("context") > 1
-    between_experts = sharding.size("expert") > 1 and sharding.expert_shard_ranks > 1
-    return len(axes) + (len(axes) > 1) + flattened + between_experts
-
-
-def _timelines(
-    graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk, profile: Profile | None
-) -> dict[str, list[Change]]:
-    weights = walk.resident()
-    found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
-    state: list[Change] = []
-    if workload is not None:
-        stepped = list(_stepped(graph, decisions, workload))
-        phases, state = trained(graph, weights, stepped, workload, profile, computing_device(graph, decisions))
-        found.update(phases)
-    saved = [*weights, *state]
-    found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
-    return found
-
-
-def _largest(changes: Iterable[Change], device: str) -> list[Change]:
-    """A copy on `device` of the largest one."""
-    largest = max(changes, key=lambda change: change.nbytes, default=None)
-    return [] if largest is None else [largest._replace(device=device)]
-
-
-def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Iterator[Stepped]:
-    storages = {storage.index: storage for storage in graph.storages}
-    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
-    for tensor in graph.parameters:
-        device = memory_device(final_device(tensor, storages[tensor.view.storage], decisions))
-        if tensor.requires_grad and device != "meta":
-            trained = Trained(device, tensor.shape, final_dtype(tensor, decisions), tensor.name in hidden)
-            yield Stepped(trained, Change(device, tensor.name, trained.nbytes))
-
-
-# -- tier T1 ------------------------------------------------------------------------------------------------------------
-
-
-def memory_of_run(
-    graph: ParamGraph,
-    decisions: Decisions,
-    workload: Training,
-    run: Timeline,
-    profile: Profile | NoProfile | None = None,
-    rank: int = 0,
-    of_rank: Callable[[int], Memory] | None = None,
-) -> Memory:
-    """The memory of training on one rank, with the phases of a step from a run of it, the others in closed form.
-
-    `of_rank` gives that of any rank. Raises what `memory` raises.
-    """
-    weights, closed = memory(graph, decisions).rank(rank), memory(graph, decisions, workload, profile).rank(rank)
-    by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
-    by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
-    places = [(phase, device) for phase, devices in by_device.items() for device in devices]
-    phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    notes = tuple(_run_notes(decisions, device, workload))
-    found = replace(closed, by_device=by_device, binding=Binding(phase, device, by_device[phase][device], ()), notes=notes)
-    tensors = weights.binding.tensors
-    if phase in run.peaks:
-        tensors = largest_of(run.at_peak(_run_phase(found, run), device))
-    on_cuda = any(map(_is_cuda, by_device["step"]))
-    left_out = (RESERVED, *left_out_of(each.op for each in run.allocations)) if on_cuda else ()
-    binding = replace(found.binding, tensors=tensors)
-    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out, of_rank=of_rank)
-
-
-def _is_cuda(device: str) -> bool:
-    return device.startswith("cuda")
-
-
-def largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
-    """The largest of what a run holds at a moment, as (name, bytes); what has one name counts together."""
-    held: dict[str, int] = {}
-    for each in allocations:
-        held[each.describe()] = held.get(each.describe(), 0) + each.nbytes
-    return tuple(sorted(held.items(), key=lambda pair: (-pair[1], pair[0]))[:_SHOWN_TENSORS])
-
-
-def _worse(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {device: max(one.get(device, 0), other.get(device, 0)) for device in {**one, **other}}
-
-
-def _run_phase(memory: Memory, run: Timeline | None = None) -> str:
+def run_phase(memory: Memory, run: Timeline | None = None) -> str:
     """The phase of the run that makes the peak: of the two in the optimizer the one that takes more."""
     run, binding = run or memory.run, memory.binding
     first = run is not None and run.peaks.get(FIRST_OPTIMIZER, {}).get(binding.device, 0) == binding.bytes
     return FIRST_OPTIMIZER if binding.phase == OPTIMIZER and first else binding.phase
-
-
-# -- peaks --------------------------------------------------------------------------------------------------------------
-
-
-def _peaks(changes: Iterable[Change]) -> dict[str, int]:
-    now: dict[str, int] = {}
-    peaks: dict[str, int] = {}
-    for device, _, nbytes in changes:
-        now[device] = now.get(device, 0) + nbytes
-        peaks[device] = max(peaks.get(device, 0), now[device])
-    return peaks
-
-
-def _binding(by_device: Mapping[str, Mapping[str, int]], timelines: Mapping[str, Sequence[Change]]) -> Binding:
-    places = [(phase, device) for phase, devices in by_device.items() for device in devices]
-    phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    peak = by_device[phase][device]
-    return Binding(phase, device, peak, _tensors_at_peak(timelines[phase], device, peak))
-
-
-def _tensors_at_peak(changes: Iterable[Change], device: str, peak: int) -> tuple[tuple[str, int], ...]:
-    held: dict[str, int] = {}
-    now = 0
-    for change in changes:
-        if now == peak:
-            break
-        if change.device == device:
-            now += change.nbytes
-            held[change.tensor] = held.get(change.tensor, 0) + change.nbytes
-    ranked = sorted(((name, nbytes) for name, nbytes in held.items() if nbytes), key=lambda pair: (-pair[1], pair[0]))
-    return tuple(ranked[:_SHOWN_TENSORS])
-
-
-# -- assumptions --------------------------------------------------------------------------------------------------------
-
-
-def _notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None) -> Iterator[str]:
-    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "construct leaves out what the constructor makes and drops, and temporaries inside an op, such as orthogonal_'s"
-    if decisions.steps:
-        yield "construct converts what is merely filled while it is drawn, other tensors one at a time, as nn.Module.to does"
-        yield "construct may take more where _apply is overridden (nn.LSTM)"
-    yield LOAD_NOTE
-    if workload is not None:
-        yield from _profile_notes(profile, workload, "activations")
-        yield f"training: {OPTIMIZERS[workload.optimizer].note}"
-        yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
-
-
-def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what: str) -> Iterator[str]:
-    if isinstance(profile, Profile):
-        yield "training: activations are those of one forward and backward, traced with the CPU's kernels"
-        if workload.loss is None:
-            yield "the loss is the output's own, or else the sum of the outputs"
-    else:
-        yield f"training: {what} are not included{f': {profile.reason}' if profile is not None else ''}"
-
-
-def _axes_notes(sharding: Sharding) -> Iterator[str]:
-    """What is taken for granted of pipelines and context axes."""
-    if sharding.pipeline is not None:
-        yield "a pipeline's stages receive, keep and send as torch.distributed.pipelining does, without returning outputs"
-    if sharding.size("context") > 1:
-        yield "ring attention gathers keys and values (torch's default), as many heads as of queries, while most else is there"
-
-
-def _run_notes(decisions: Decisions, device: str, workload: Training) -> Iterator[str]:
-    sharding = decisions.sharding
-    if sharding is not None:
-        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), under torch's own sharding; like ranks share a run"
-    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
-    if device.startswith("cuda"):
-        yield "kernels are those of CUDA where they keep otherwise than the CPU's; cuDNN's attention counts as the next in order"
-    else:
-        yield "workspaces of oneDNN are not included" + (", copies that gloo makes are" if sharding is not None else "")
-    if is_ddp(decisions):
-        yield "DDP's buckets are in closed form, as its reducer does not run without memory"
-    if workload.loss is None:
-        yield "the loss is the output's own, or else the sum of the outputs"
-
-
-def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:
-    unknown = [size for size in quantizing.sizes if size.nbytes is None]
-    if unknown:
-        shapes = ", ".join(f"{size.dtype}{list(size.shape)}" for size in unknown[:3])
-        what = f"{quantizing.describe()} cannot be tried where the plan was made"
-        yield f"{what}: weights of {shapes}{' and others' * (len(unknown) > 3)} count as not quantized"
-    else:
-        yield "construct quantizes a layer as soon as its last tensor is made; a layer is taken to have its weight last"
-
-
-def _rank_notes(decisions: Decisions, workload: Training | None, profile: Profile | NoProfile | None, rank: int) -> Iterator[str]:
-    """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
-    sharding = decisions.sharding
-    if sharding is not None:
-        yield f"of rank {rank} of {sharding.ranks} ({sharding.describe()})"
-    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
-    for quantizing in decisions.quantizing:
-        yield from _quantizing_notes(quantizing)
-    yield LOAD_NOTE
-    if workload is not None:
-        yield from _profile_notes(profile, workload, "activations, gathered units and communication buffers")
-        yield f"training: {OPTIMIZERS[workload.optimizer].note}"
-        if sharding is not None and isinstance(profile, Profile):
-            yield from _axes_notes(sharding)
-        if is_ddp(decisions):
-            yield "training: DDP's buckets hold every gradient once more"

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from ..tracer.graph import ParamGraph
 from .allocations import Timeline
 from .decisions import Decisions
+from .estimate import memory_of_run
 from .local_parts import LocalParts
-from .memory import Memory, memory_of_run
+from .memory import Memory
 from .profile import NoProfile, Profile
 from .sharding import Sharding
 from .workload import Training

@@ -19,7 +19,8 @@ from .allocator_driver import Device
 from .allocator_events import Allocate, Event, Free, Replayed, Usage
 from .changes import Change
 from .decisions import Decisions
-from .memory import RESERVED, Memory, check_rank, human_bytes, timelines_of
+from .estimate import RESERVED, timelines_of
+from .memory import Memory, check_rank, human_bytes
 from .replayed_run import HANDLES, Allocator, ReplayedRun, is_cuda, replay_run
 from .workload import Training
 

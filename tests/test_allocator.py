@@ -22,7 +22,8 @@ from groundplan.planner.allocator_events import Allocate, EmptyCache, Event, Fre
 from groundplan.planner.allocator_snapshot import from_snapshot
 from groundplan.planner.changes import Change
 from groundplan.planner.decisions import default_decisions
-from groundplan.planner.memory import RankError, memory
+from groundplan.planner.estimate import memory
+from groundplan.planner.memory import RankError
 from groundplan.planner.overheads import OVERHEADS, cublas_workspace
 from groundplan.planner.reserved import replay_timeline, reserved
 from groundplan.planner.workload import Training

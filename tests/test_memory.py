@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from groundplan.planner.decisions import Decisions, default_decisions
-from groundplan.planner.memory import Memory, RankError, human_bytes, memory
+from groundplan.planner.estimate import memory
+from groundplan.planner.memory import Memory, RankError, human_bytes
 from groundplan.planner.workload import Training
 from groundplan.tracer.errors import DecisionError, GroundplanError
 from groundplan.tracer.graph import Constant, Kind, ModuleNode, ParamGraph, Storage, TensorNode, View

@@ -248,7 +248,7 @@ def scaled(run: Timeline, factor: int) -> Timeline:
 def large() -> Memory:
     """A run of gigabytes, of which the allocator reserves more than there is at any moment."""
     plan, run = gp.trace(net).to("cuda"), scaled(run_of(memory()), 400)
-    from groundplan.planner.memory import memory_of_run
+    from groundplan.planner.estimate import memory_of_run
     from groundplan.planner.reserved import with_reserved
 
     found = memory_of_run(plan.graph, plan.decisions, training(), run)

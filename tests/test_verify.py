@@ -318,7 +318,7 @@ def test_the_worst_is_off_most() -> None:
 
 def test_what_building_is_predicted_to_hold() -> None:
     plan = gp.trace(nn.Linear, 600, 600).cast({"bias": torch.bfloat16})
-    from groundplan.planner.memory import timelines_of
+    from groundplan.planner.estimate import timelines_of
 
     held = built_at(timelines_of(plan.graph, plan.decisions, None)["construct"], "cpu")
     assert sum(each.nbytes for each in held) == plan.memory().phases["construct"]
