@@ -19,6 +19,7 @@ from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .exchanges import attention_output, ring_attention
 from .fsdp_form import Fsdp
+from .fsdp_units import fsdp_of
 from .local_parts import LocalParts, coordinate_of
 from .optimizer import Trained
 from .pipeline_memory import pipeline_activity
@@ -28,7 +29,6 @@ from .quantizing import quantized_names
 from .records import dtype_named
 from .sharding import Axis, Sharding
 from .training_memory import Stepped, hidden_names, training_phases
-from .units import fsdp_of
 from .workload import Training
 
 READ_BYTES = 2**24
