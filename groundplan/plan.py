@@ -104,7 +104,8 @@ class Plan:
     def memory(self, workload: Training | None = None, *, tier: Literal["T0", "T1"] = "T0") -> Memory:
         """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
 
-        `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
+        `tier="T0"` is a closed form. Activations are in it by one traced forward and backward of each kind of layer, which is kept
+        for further calls; where that cannot be, they are left out, and a note says why. `tier="T1"` runs forward, loss, backward and optimizer of the
         plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU. Of a
         plan that shards it is the step of rank 0, under torch's own FSDP2 and tensor parallelism in a process group that talks to
         nobody; your own process groups stay as they are. `rank(i)` of the result runs that rank's, if its parts have other

@@ -65,8 +65,8 @@ class Memory:
     the worst one, rank 0; `rank(i)` gives that of any. `left_out` is what takes memory in some phase and is not counted;
     `communicators` is how many groups of ranks talk to each other.
 
-    `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
-    on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
+    `tier` says where the three in the middle come from: `T0` is the closed form, with activations where they could be traced (see
+    `left_out`); `T1` is a run of the step on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
     `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones.
     """
 
@@ -188,7 +188,7 @@ def memory(
         return _of_rank(graph, decisions, workload, profile, 0)
     timelines = timelines_of(graph, decisions, workload, profile=profile)
     by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    left_out = () if workload is None or isinstance(profile, Profile) else ("activations",)
+    left_out = _left_out(by_device, workload, profile, ("activations",))
     notes = tuple(_notes(decisions, workload, profile))
     return Memory(by_device, _binding(by_device, timelines), notes, left_out=left_out)
 
@@ -227,7 +227,7 @@ def _of_rank(
         tuple(_rank_notes(decisions, workload, profile)),
         1 if decisions.sharding is None else decisions.sharding.ranks,
         lambda index: _of_rank(graph, decisions, workload, profile, index),
-        () if workload is None or isinstance(profile, Profile) else ("activations", "gathered units", "communication buffers"),
+        _left_out(by_device, workload, profile, ("activations", "gathered units", "communication buffers")),
         _communicators(decisions),
     )
 
@@ -295,9 +295,26 @@ def memory_of_run(
     tensors = weights.binding.tensors
     if phase in run.peaks:
         tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
-    left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
+    left_out = _unknown_kernels(by_device)
     binding = replace(found.binding, tensors=tensors)
     return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out, of_rank=of_rank)
+
+
+def _left_out(
+    by_device: Mapping[str, Mapping[str, int]],
+    workload: Training | None,
+    profile: Profile | NoProfile | None,
+    without: tuple[str, ...],
+) -> tuple[str, ...]:
+    """What is not counted; `without` a profile more than with one."""
+    if workload is None:
+        return ()
+    return _unknown_kernels(by_device) if isinstance(profile, Profile) else without
+
+
+def _unknown_kernels(by_device: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
+    """Of a step that was run, or traced, with the CPU's kernels."""
+    return ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
 
 
 def _is_cuda(device: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def check_no_wrong_fits(closed: gp.Memory, run: gp.Memory, source: random.Random
     for _ in range(20):
         usable = int((run.peak + 3e9) * source.uniform(0.5, 2)) + 2**20
         text = f"{max(run.ranks, 1)}x{usable / 1e9:.6f}GB" if run.binding.device != "cpu" else f"{usable / 1e9:.6f}GB-cpu"
-        said = closed.fits(text)
+        said = replace(closed, left_out=()).fits(text)
         if said.verdict == "fits":
             assert all(room.left >= 0 for room in run.fits(text).rooms)
 
@@ -65,7 +66,7 @@ SAMPLE = CONFIGURATIONS[:14]
 @pytest.mark.parametrize("configuration", SAMPLE, ids=str)
 def test_the_closed_form_is_what_a_run_takes(configuration: Configuration) -> None:
     closed, run = compared(configuration)
-    assert closed.left_out == ()
+    assert closed.left_out == run.left_out == (("what CUDA's own kernels keep and need",) if configuration.device == "cuda" else ())
     assert all(abs(error) < 0.02 for error in errors(closed, run).values()), errors(closed, run)
     check_no_wrong_fits(closed, run, random.Random(str(configuration)))
 

@@ -208,7 +208,8 @@ def test_json_is_plain_data() -> None:
 def test_a_step_that_was_run_counts_its_activations() -> None:
     """On the CPU nothing is left out then; CUDA's kernels are not the ones that were run."""
     plan, workload = gp.trace(torch.nn.Linear, 64, 64), gp.Training("sgd", batch_size=2)
-    assert plan.memory(workload).left_out == ("activations",)
+    assert gp.trace(torch.nn.Bilinear, 2, 3, 4).memory(workload).left_out == ("activations",)
+    assert plan.memory(workload).left_out == ()
     assert plan.memory(workload, tier="T1").left_out == ()
     assert plan.memory(workload, tier="T1").fits("64GB-cpu").verdict == "fits"
     on_gpu = plan.to("cuda").memory(workload, tier="T1")
