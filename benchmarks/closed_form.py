@@ -1,8 +1,8 @@
 """The closed form (T0) next to fake runs of the same step (T1): 200 configurations drawn from a seed, and how long T0 takes.
 
 `off` is the largest difference of any phase, in percent of the run; `ms` the processor time of one more configuration, when its
-profile is there already. `--speed` prints instead how long it takes for large Llamas: with the constructor's trace and the profile,
-and for configurations after that.
+profile is there already. `--speed` prints instead how long it takes for large Llamas: with the constructor's trace and the
+profile, and for configurations after that.
 """
 
 from __future__ import annotations

@@ -137,20 +137,21 @@ class Plan:
     ) -> Memory:
         """The peak bytes of every phase by device: of the weights, or of training or serving them, as `workload` says.
 
-        `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
-        plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU. Of a
-        plan that shards it is the step of rank 0, under torch's own FSDP2 and tensor parallelism in a process group that talks to
-        nobody; your own process groups stay as they are. `rank(i)` of the result runs that rank's, if its parts have other
-        shapes. Plans that place or quantize have the closed form only. `workload.inputs` are the inputs of that step, of one
-        rank, or are made from the module's signature. `tier="T2"` replays that run through the rules of CUDA's caching allocator:
-        `reserved` beside active bytes.
+        `tier="T0"` is a closed form. Activations are in it by one traced forward and backward of each kind of layer, which is
+        kept for further calls; where that cannot be, they are left out, and a note says why. `tier="T1"` runs forward, loss,
+        backward and optimizer of the plan's module twice, on fake tensors: nothing is allocated, and all that would be is
+        counted, to the byte on the CPU. Of a plan that shards it is the step of rank 0, under torch's own FSDP2 and tensor
+        parallelism in a process group that talks to nobody; your own process groups stay as they are. `rank(i)` of the result
+        runs that rank's, if its parts have other shapes. Plans that place or quantize have the closed form only.
+        `workload.inputs` are the inputs of that step, of one rank, or are made from the module's signature. `tier="T2"` replays
+        that run through the rules of CUDA's caching allocator: `reserved` beside active bytes.
 
         With `gp.Inference` every tier runs forward on fake tensors, for the prompt and for tokens after it: some seconds for 80
         layers. In T0 what a plan shards, places or quantizes is applied to that run by rule, and the weights alone are given
         where forward looks at values.
 
         `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
-        it asks for `reserved` as well, without activations. `cluster` says which devices it is for: cuBLAS's workspaces differ.
+        it asks for `reserved` as well, of what is there at the peaks. `cluster` says which devices it is for: cuBLAS's workspaces differ.
 
         Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, `AllocatorError` for settings that torch
         does not take, and `MemoryRunError` where the step looks at values, such as `if x.max() > 1`.

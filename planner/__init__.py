@@ -17,7 +17,7 @@ What that takes is `memory`'s noun, and `estimate` has the verbs that find it ou
 * T2: `allocator`, what PyTorch's CUDA caching allocator reserves for a sequence of `allocator_events`, set by an
   `allocator_config` (its parts: `allocator_blocks`, `allocator_driver`, `allocator_expandable`; recorded histories:
   `allocator_snapshot`); `replayed_run` and `reserved`: the same of a run and of a memory; `series`: either over time;
-* T3: `verification`, what each phase took for real beside that; `calibration`: verifications kept, by which rooms are `calibrated`;
+* T3: `verification`, what each phase took for real; `calibration`: verifications kept, by which rooms are `calibrated`;
 * `verdict`: whether it fits a cluster; `overheads` and `process`: what a process holds besides, on a device and in host memory;
 * `records`: what all that is saved is made of.
 """

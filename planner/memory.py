@@ -53,11 +53,12 @@ class Memory:
     of a pipeline. `left_out` is what takes memory in some phase and is not counted; `communicators` is how many groups of ranks
     talk to each other.
 
-    `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
-    on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
-    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones. `T2` is T1 with what
-    the CUDA caching allocator's rules, set as `allocator` says, make of the run: `reserved` has the peaks by phase and CUDA
-    device, as `torch.cuda.memory_stats` counts them. It is empty in the tiers below, unless they were asked for it.
+    `tier` says where the three in the middle come from: `T0` is the closed form, with activations where they could be traced (see
+    `left_out`); `T1` is a run of the step on fake tensors, with all that it allocates. Then `run` has every allocation, and
+    `closed_form` is what T0 says. In T1, `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well
+    as later ones. `T2` is T1 with what the CUDA caching allocator's rules, set as `allocator` says, make of the run: `reserved`
+    has the peaks by phase and CUDA device, as `torch.cuda.memory_stats` counts them. It is empty in the tiers below, unless they
+    were asked for it.
 
     Of inference every tier is a run on fake tensors, with `reserved`. `certain` is how many bytes of a device need no margin in a
     verdict, as nothing about them is a guess: the weights, where what is reserved for them is known.

@@ -2,7 +2,7 @@
 
 A `Profile` is a sequence of `Block`s. A block happens `times` times in a row: a layer that repeats is traced once, and stands for
 all that are like it. Within a block there are *stretches*, of which only the rise and the net change of the running sum are
-looked at, and *marks* between them, where a module begins or ends its forward or its backward: that is where FSDP gathers and reduces.
+looked at, and *marks* between them, where a module begins or ends its forward or backward: there FSDP gathers and reduces.
 
 `runtime/profiling.py` makes profiles; this file is data and sums. All sizes are bytes.
 """

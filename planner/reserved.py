@@ -1,8 +1,8 @@
 """Reserved beside active bytes: T0's changes as an allocator's events, one device at a time, and tier T2, which replays T1's run.
 
-T0 knows which tensors come and go, not the temporaries between them, so what this says of a phase is what its tensors alone
-reserve: rounding, pools and segments, without the fragmentation that activations cause. All copies of a parameter
-in the optimizer's state count as one allocation.
+T0 knows what is there at a peak, not all that comes and goes before, so what this says of a phase is what that alone reserves:
+rounding, pools and segments, without the fragmentation that temporaries cause. All copies of a parameter in the optimizer's state
+count as one allocation.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ A training step without memory: `fake_step` is that verb, run when `plan.memory(
 * `fake_inference`: the same of serving; `inference_step`: reading a prompt and decoding after it;
 * `allocations`: what ops allocate and when it goes; `scratch`: what kernels take besides; `fake_ops`: fake ops mended;
 * `cuda_kernels`: those that CUDA would choose (`cuda_attention`, `cuda_autocast`; `cuda_scratch`: what they take besides);
-* `fake_ranks`: the same of one rank, in a `fake_world`; `fsdp_memory`, `gloo_scratch`, `ddp_buckets`: what engines take for it.
+* `fake_ranks`: the same of one rank, in a `fake_world`; `fsdp_memory`, `gloo_scratch`, `ddp_buckets`: what engines take.
 
-Its closed form needs a profile of the module: `profiles` keeps what `profiling` makes of forward and backward, `followed` op by op,
-with layers that repeat run a few times only (`skipped_layers`), cut into blocks (`profile_blocks`); `microbatches`: in a pipeline.
+Its closed form needs a profile of the module: `profiles` keeps what `profiling` makes of forward and backward, `followed` op by
+op, with layers that repeat run a few times only (`skipped_layers`), cut into blocks (`profile_blocks`); `microbatches`: in a
+pipeline.
 
 The same for real, held against what was predicted: `verify` is that verb, run when `plan.verify()` is asked for:
 

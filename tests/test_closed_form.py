@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import groundplan as gp
 from groundplan.planner.activity import activity
 from groundplan.planner.allocations import Allocation
 from groundplan.planner.changes import Change
+from groundplan.planner.estimate import RESERVED
 from groundplan.planner.fsdp_form import Fsdp, Part, Unit, with_fsdp
 from groundplan.planner.profile import Block, Event, Mark, Profile, Stretch, stretch
 from groundplan.planner.step_form import Extra, Script, between, held_at, peak_of, plain
@@ -54,7 +56,7 @@ def check_no_wrong_fits(closed: gp.Memory, run: gp.Memory, source: random.Random
     for _ in range(20):
         usable = int((run.peak + 3e9) * source.uniform(0.5, 2)) + 2**20
         text = f"{max(run.ranks, 1)}x{usable / 1e9:.6f}GB" if run.binding.device != "cpu" else f"{usable / 1e9:.6f}GB-cpu"
-        said = closed.fits(text)
+        said = replace(closed, left_out=()).fits(text)
         if said.verdict == "fits":
             assert all(room.left >= 0 for room in run.fits(text).rooms)
 
@@ -65,7 +67,7 @@ SAMPLE = CONFIGURATIONS[:14]
 @pytest.mark.parametrize("configuration", SAMPLE, ids=str)
 def test_the_closed_form_is_what_a_run_takes(configuration: Configuration) -> None:
     closed, run = compared(configuration)
-    assert closed.left_out == ()
+    assert closed.left_out == tuple(each for each in run.left_out if each != RESERVED)
     assert all(abs(error) < 0.02 for error in errors(closed, run).values()), errors(closed, run)
     check_no_wrong_fits(closed, run, random.Random(str(configuration)))
 
@@ -130,7 +132,7 @@ def test_alike_are_layers_of_one_kind_in_a_row() -> None:
 
 
 def test_what_is_taken_apart_is_put_together() -> None:
-    value = ("a", [1, {"b": None, "c": (2.0,)}], {})
+    value: Any = ("a", [1, {"b": None, "c": (2.0,)}], {})
     leaves, shape = flattened(value)
     assert leaves == ["a", 1, None, 2.0] and rebuilt(shape, iter(leaves)) == value
 

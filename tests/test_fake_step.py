@@ -283,7 +283,7 @@ def test_the_closed_form_stands_beside() -> None:
     assert memory.tier == "T1" and memory.closed_form == plan.memory(training) and plan.memory(training).tier == "T0"
     assert str(memory).splitlines()[0].split("  ")[-1].strip() == "cpu, T0"
     assert memory.phases["construct"] == plan.memory().phases["construct"]
-    assert memory.phases["step"] > plan.memory(training).phases["step"]
+    assert memory.phases["step"] == plan.memory(training).phases["step"]
     found = memory.to_json()
     assert json.loads(json.dumps(found)) == found and found["tier"] == "T1"
     assert found["closed_form"] == plan.memory(training).to_json()

@@ -209,6 +209,7 @@ def test_json_is_plain_data() -> None:
 def test_a_step_that_was_run_counts_its_activations() -> None:
     """Nothing is left out then on the CPU, nor on CUDA, where the allocator was asked and no library has workspaces."""
     plan, workload = gp.trace(torch.nn.Linear, 64, 64), gp.Training("sgd", batch_size=2)
+    assert gp.trace(torch.nn.Bilinear, 2, 3, 4).memory(workload).left_out == ("activations",)
     assert plan.memory(workload).left_out == plan.memory(workload, tier="T1").left_out == ()
     assert plan.memory(workload, tier="T1").fits("64GB-cpu").verdict == "fits"
     on_gpu = plan.to("cuda")
