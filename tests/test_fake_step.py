@@ -384,7 +384,7 @@ def test_an_unknown_tier_is_refused() -> None:
     ("fields", "message"),
     [
         ({"implementation": "foreeach"}, "did you mean foreach"),
-        ({"checkpointing": "some"}, "known: none, full"),
+        ({"checkpointing": "some"}, "known: none, selective, full"),
         ({"autocast": torch.float32}, "autocast is torch.float32"),
         ({"loss": 3}, "loss is 3"),
         ({"clip_grad_norm": 0}, "clip_grad_norm is 0"),
