@@ -151,7 +151,7 @@ class Plan:
         where forward looks at values.
 
         `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
-        it asks for `reserved` as well, of what is there at the peaks. `cluster` says for which devices: cuBLAS's workspaces differ.
+        it asks for `reserved` as well, of what is there at the peaks. `cluster` says for which devices, as workspaces differ.
 
         Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, `AllocatorError` for settings that torch
         does not take, and `MemoryRunError` where the step looks at values, such as `if x.max() > 1`.

@@ -138,6 +138,7 @@ def state_pieces(
     Step counts are in host memory, except those of fused kernels (torch/optim/adam.py `_init_group`, "special device hosting for
     step"). Raises `DecisionError` for parameters that the optimizer cannot step.
 
+    >>> import torch
     >>> state_pieces("adamw", None, [Trained("cuda:0", (4, 8), torch.float32)])
     ([(0, 256)], [(0, 4)])
     """
@@ -153,6 +154,7 @@ def state_pieces(
 def working_pieces(optimizer: str, implementation: Implementation | None, parameters: Sequence[Trained]) -> list[Piece]:
     """What is there while `step()` runs, when it is most on each device, besides parameters, gradients and state.
 
+    >>> import torch
     >>> working_pieces("adam", "for-loop", [Trained("cpu", (4, 8), torch.float32)])
     [(0, 128), (0, 128)]
     """
