@@ -17,6 +17,7 @@ from ..tracer.graph import Op, ParamGraph, TensorNode
 from .activity import trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
+from .kept import kept_with
 from .optimizers import Trained
 from .placing import DISK
 from .profile import Profile
@@ -36,7 +37,8 @@ LOAD_NOTE = "load reads a checkpoint straight into the tensors; on other devices
 class Held:
     """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made.
 
-    `quantized` are the bytes of what has been made of it, which it may have been dropped for; `divided` says that it is a DTensor.
+    `quantized` are the bytes of what has been made of it, which it may have been dropped for; `divided` says that it is a
+    DTensor.
     """
 
     tensor: TensorNode
@@ -152,24 +154,58 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     sharding = decisions.sharding or Sharding(axes=(Axis(name="dp_replicate", size=1),))
     place, cuts = coordinate_of(sharding, rank), sharding.cuts(graph)
     first, fsdp = dict.fromkeys(place, 0), sharding.axis("shard") is not None
-    tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
-    for tensor in sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph))):
-        cut = next((cuts[name] for name in tensor.names if name in cuts), None)
+    for made in _made(graph):
+        tensor = made.tensor
+        cut = next((cuts[name] for name in tensor.names if name in cuts), None) if cuts else None
         sharded = fsdp and tensor.kind == "parameter"
         shape = local_shape(tensor.shape, cut, sharded, sharding, place)
         numel = math.prod(shape)
+        padded = sharded and place != first
         held = Held(
             tensor,
             _device(tensor, graph, decisions),
             shape,
             numel,
-            padded=math.prod(local_shape(tensor.shape, cut, sharded, sharding, first)) if sharded else numel,
-            working=_working(tensor, graph, decisions, numel),
+            padded=math.prod(local_shape(tensor.shape, cut, sharded, sharding, first)) if padded else numel,
+            working=_working(made, decisions, numel),
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
             divided=sharded or cut is not None,
         )
-        yield _quantized(held, decisions) if held.device != DISK else _on_disk(held)
+        if held.device == DISK:
+            yield _on_disk(held)
+        else:
+            yield _quantized(held, decisions) if decisions.quantizing else held
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How a tensor is made: bytes of what is there `whole` meanwhile, if it is not made element by element; else, whether it is
+    converted while it is drawn.
+    """
+
+    tensor: TensorNode
+    whole: int | None
+    converted: bool
+
+
+def _made(graph: ParamGraph) -> list[_Made]:
+    """Every storage's tensor, in the order in which they are made; worked out once, as it is the same for all decisions."""
+    known = kept_with(graph)
+    if _Made not in known:
+        tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
+        order = sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph)))
+        known[_Made] = [_making(tensor, graph) for tensor in order]
+    found: list[_Made] = known[_Made]
+    return found
+
+
+def _making(tensor: TensorNode, graph: ParamGraph) -> _Made:
+    recipe = graph.recipe(tensor.name)
+    if all(_is_by_element(op) for op in recipe):
+        return _Made(tensor, None, _is_converted(tensor, recipe))
+    storages = {view.storage for op in recipe for view in op.targets}
+    return _Made(tensor, sum(graph.storages[storage].nbytes for storage in storages), False)
 
 
 def _on_disk(held: Held) -> Held:
@@ -217,14 +253,13 @@ def _finished(tensor: TensorNode, graph: ParamGraph) -> int:
     return writers[-1].index if writers else -1
 
 
-def _working(tensor: TensorNode, graph: ParamGraph, decisions: Decisions, numel: int) -> int:
+def _working(made: _Made, decisions: Decisions, numel: int) -> int:
     """Bytes that are there only while a tensor is made: the whole of what is not made by element, a part that is converted."""
-    recipe = graph.recipe(tensor.name)
-    if not all(_is_by_element(op) for op in recipe):
-        return sum(graph.storages[storage].nbytes for storage in {view.storage for op in recipe for view in op.targets})
-    casts = [cast_dtype(tensor, cast) for cast in decisions.casts]
-    changed = any(dtype != tensor.dtype for dtype in casts)
-    return numel * tensor.dtype.itemsize if changed and not (len(casts) == 1 and _is_converted(tensor, recipe)) else 0
+    if made.whole is not None:
+        return made.whole
+    casts = [cast_dtype(made.tensor, cast) for cast in decisions.casts]
+    changed = any(dtype != made.tensor.dtype for dtype in casts)
+    return numel * made.tensor.dtype.itemsize if changed and not (len(casts) == 1 and made.converted) else 0
 
 
 def _is_converted(tensor: TensorNode, recipe: Sequence[Op]) -> bool:
