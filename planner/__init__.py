@@ -19,7 +19,7 @@ What that takes is `memory`'s noun, and `estimate` has the verbs that find it ou
   `allocator_snapshot`); `replayed_run` and `reserved`: the same of a run and of a memory; `series`: either over time;
 * T3: `verification`, what each phase took for real; `calibration`: verifications kept, by which rooms are `calibrated`;
 * `verdict`: whether it fits a cluster; `overheads` and `process`: what a process holds besides, on a device and in host memory;
-* `records`: what all that is saved is made of.
+* `records`: what all that is saved is made of; `kept`: what is worked out once for an object.
 """
 
 from .check import check_decisions

@@ -20,6 +20,7 @@ from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .exchanges import attention_output, ring_attention
 from .fsdp_form import Fsdp
 from .fsdp_units import fsdp_of
+from .kept import kept_with
 from .local_parts import LocalParts, coordinate_of
 from .optimizer import Trained
 from .pipeline_memory import pipeline_activity
@@ -156,8 +157,8 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     """What a rank holds of every tensor, in the order in which they are made: whole ones first."""
     sharding = decisions.sharding or Sharding(axes=(Axis(name="dp_replicate", size=1),))
     parts = LocalParts.of_rank(sharding, graph, rank)
-    tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
-    for tensor in sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph))):
+    for made in _made(graph):
+        tensor = made.tensor
         if (shape := parts.shape(tensor)) is None:
             continue
         numel = math.prod(shape)
@@ -167,12 +168,45 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
             shape,
             numel,
             padded=math.prod(parts.shape(tensor, first=True) or ()) if parts.is_sharded(tensor) else numel,
-            working=_working(tensor, graph, decisions, numel),
+            working=_working(made, decisions, numel),
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
             divided=parts.is_divided(tensor),
         )
-        yield _quantized(held, decisions) if held.device != DISK else _on_disk(held)
+        if held.device == DISK:
+            yield _on_disk(held)
+        else:
+            yield _quantized(held, decisions) if decisions.quantizing else held
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How a tensor is made: bytes of what is there `whole` meanwhile, if it is not made element by element; else, whether it is
+    converted while it is drawn.
+    """
+
+    tensor: TensorNode
+    whole: int | None
+    converted: bool
+
+
+def _made(graph: ParamGraph) -> list[_Made]:
+    """Every storage's tensor, in the order in which they are made; worked out once, as it is the same for all decisions."""
+    known = kept_with(graph)
+    if _Made not in known:
+        tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
+        order = sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph)))
+        known[_Made] = [_making(tensor, graph) for tensor in order]
+    found: list[_Made] = known[_Made]
+    return found
+
+
+def _making(tensor: TensorNode, graph: ParamGraph) -> _Made:
+    recipe = graph.recipe(tensor.name)
+    if all(_is_by_element(op) for op in recipe):
+        return _Made(tensor, None, _is_converted(tensor, recipe))
+    storages = {view.storage for op in recipe for view in op.targets}
+    return _Made(tensor, sum(graph.storages[storage].nbytes for storage in storages), False)
 
 
 def _on_disk(held: Held) -> Held:
@@ -220,14 +254,13 @@ def _finished(tensor: TensorNode, graph: ParamGraph) -> int:
     return writers[-1].index if writers else -1
 
 
-def _working(tensor: TensorNode, graph: ParamGraph, decisions: Decisions, numel: int) -> int:
+def _working(made: _Made, decisions: Decisions, numel: int) -> int:
     """Bytes that are there only while a tensor is made: the whole of what is not made by element, a part that is converted."""
-    recipe = graph.recipe(tensor.name)
-    if not all(_is_by_element(op) for op in recipe):
-        return sum(graph.storages[storage].nbytes for storage in {view.storage for op in recipe for view in op.targets})
-    casts = [cast_dtype(tensor, cast) for cast in decisions.casts]
-    changed = any(dtype != tensor.dtype for dtype in casts)
-    return numel * tensor.dtype.itemsize if changed and not (len(casts) == 1 and _is_converted(tensor, recipe)) else 0
+    if made.whole is not None:
+        return made.whole
+    casts = [cast_dtype(made.tensor, cast) for cast in decisions.casts]
+    changed = any(dtype != made.tensor.dtype for dtype in casts)
+    return numel * made.tensor.dtype.itemsize if changed and not (len(casts) == 1 and made.converted) else 0
 
 
 def _is_converted(tensor: TensorNode, recipe: Sequence[Op]) -> bool:

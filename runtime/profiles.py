@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from ..planner.decisions import Decisions
 from ..planner.exchanges import attention_output
+from ..planner.kept import kept_with
 from ..planner.profile import NoProfile, Profile
 from ..planner.records import dtype_named
 from ..planner.sharding import Sharding
@@ -29,7 +29,6 @@ from .microbatches import first_of, not_profiled, staged_modules, watch_first_la
 from .profiling import Traced, profile
 
 _KEPT = 64
-_profiles: dict[int, dict[Any, tuple[Profile | NoProfile, Any]]] = {}
 
 
 def profile_of(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
@@ -42,20 +41,14 @@ def profile_of(build: Build, decisions: Decisions, training: Training) -> Profil
         return NoProfile(f"the plan {'places tensors on several devices' if decisions.placing else 'quantizes'}")
     if decisions.sharding is not None and (reason := not_profiled(decisions.sharding, training)) is not None:
         return NoProfile(reason)
-    known = _of_build(build)
+    known = kept_with(build)
     key = _key(build, decisions, training)
     if key not in known:
         if len(known) >= _KEPT:
             known.pop(next(iter(known)))
         known[key] = _made(build, decisions, training), (training.inputs, training.loss)  # so that their ids stay theirs
-    return known[key][0]
-
-
-def _of_build(build: Build) -> dict[Any, tuple[Profile | NoProfile, Any]]:
-    if id(build) not in _profiles:
-        _profiles[id(build)] = {}
-        weakref.finalize(build, _profiles.pop, id(build), None).atexit = False
-    return _profiles[id(build)]
+    found: Profile | NoProfile = known[key][0]
+    return found
 
 
 def _key(build: Build, decisions: Decisions, training: Training) -> Any:
