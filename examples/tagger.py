@@ -40,7 +40,7 @@ def show() -> dict[str, str]:
         "tensor": str(plan.explain("blocks.3.0.weight")),
         "plan": str(decided.explain()),
         "report": str(decided.report()),
-        "memory": str(decided.memory(gp.Training(optimizer="adamw"))),
+        "memory": str(decided.memory(gp.Training(optimizer="adamw", batch_size=8, seq_len=128))),
         "step": str(decided.memory(gp.Training(optimizer="adamw", batch_size=8, seq_len=128), tier="T1")),
     }
 

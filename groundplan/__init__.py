@@ -26,13 +26,16 @@ from . import lightning
 from .explain import Explanation
 from .in_place import deepspeed_zero3, materialize, param_init_fn
 from .plan import Plan, trace
+from .planner.calibration import Calibration
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
+from .planner.inference import Inference
 from .planner.memory import Memory
 from .planner.verdict import Verdict
 from .planner.workload import Training
 from .report import Report
 from .tracer.errors import (
+    CalibrationError,
     CheckpointError,
     DecisionError,
     GraphError,
@@ -47,6 +50,7 @@ from .tracer.errors import (
     UnknownNameError,
 )
 from .tracer.graph import ParamGraph
+from .verification import Verification
 
 __version__ = groundplan_version()
 
@@ -60,9 +64,12 @@ __all__ = [
     "ParamGraph",
     "Decisions",
     "Training",
+    "Inference",
     "Cluster",
     "Memory",
     "Verdict",
+    "Verification",
+    "Calibration",
     "Report",
     "Explanation",
     "GroundplanError",
@@ -76,5 +83,6 @@ __all__ = [
     "RanksError",
     "CheckpointError",
     "MemoryRunError",
+    "CalibrationError",
     "SpecError",
 ]

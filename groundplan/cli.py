@@ -1,4 +1,4 @@
-"""The command line: `groundplan report | materialize | explain SPEC`, `groundplan doctor`.
+"""The command line: `groundplan report | materialize | explain | verify SPEC`, `groundplan doctor`.
 
 Errors that groundplan raises on purpose, and those of the user's constructor, end as one message on stderr and exit code 1.
 With `--json` stdout holds one JSON object and nothing else; what the constructor prints goes to stderr.
@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +25,15 @@ from rich.markup import escape
 
 import groundplan as gp
 
+from . import cli_inference as serving
+from . import cli_options as options
 from .doctor import examine
 from .planner.cluster import cluster_of
 from .planner.memory import human_bytes
-from .planner.workload import COPIES
+from .planner.optimizers import OPTIMIZERS
 from .save import CONFIG, WEIGHTS, Output, named_state, save_state, write_config
 from .spec import Spec, offline, parse_spec
-from .tracer.errors import DecisionError, GroundplanError, MaterializeError, SpecError, nearest
+from .tracer.errors import GroundplanError, MaterializeError, SpecError
 
 app = typer.Typer(
     name="groundplan",
@@ -85,10 +87,22 @@ def report(
     kwargs: KwargsOption = "{}",
     dtype: DtypeOption = None,
     device: DeviceOption = None,
-    train: Annotated[
-        str | None,
-        typer.Option(metavar="OPTIMIZER", help=f"The memory of training with it, not of the weights alone: {', '.join(COPIES)}."),
-    ] = None,
+    train: options.Train = None,
+    infer: serving.Infer = False,
+    batch_size: options.BatchSize = None,
+    seq_len: options.SeqLen = None,
+    accumulate: options.Accumulate = None,
+    new_tokens: serving.NewTokens = None,
+    cache: serving.CacheOption = None,
+    autocast: options.Autocast = None,
+    checkpointing: options.Checkpointing = None,
+    clip_grad_norm: options.Clip = None,
+    tier: options.TierOption = "T0",
+    allocator: options.AllocatorOption = None,
+    shard: options.Shard = None,
+    tensor: options.Tensor = None,
+    compute_dtype: options.ComputeDtype = None,
+    reduce_dtype: options.ReduceDtype = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -96,30 +110,51 @@ def report(
             help="Say whether it fits: 8xH100-80GB, 1x24GB+64GB-cpu, ... or a .json file. Moves to cuda, if it has devices.",
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What `verify --calibration` measured on such devices, for --cluster.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it as one page for a browser, too; the page loads nothing.")
     ] = None,
+    svg: options.Svg = None,
+    png: options.Png = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what the constructor creates: tensors, init functions, bytes, memory. Nothing is allocated."""
-    workload = gp.Training(optimizer=train) if train else None
+    workload = serving.workload(
+        train,
+        infer,
+        new_tokens,
+        cache,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        accumulate=accumulate,
+        autocast=autocast,
+        checkpointing=checkpointing,
+        clip_grad_norm=clip_grad_norm,
+    )
+    sharded = options.sharded(shard, tensor, compute_dtype, reduce_dtype)
+    chosen = options.tier(tier, workload, allocator)
     machine = cluster_of(cluster) if cluster is not None else None
     device = "cuda" if device is None and machine is not None and machine.devices else device
     with _session(spec, kwargs) as parsed:
-        found = _plan(parsed, dtype, device).report(workload, machine)
-    if html is not None:
-        _write_page(found, html)
+        plan = _plan(parsed, dtype, device)
+        plan = plan if sharded is None else sharded.of(plan)
+        found = plan.report(workload, machine, tier=chosen, allocator=allocator, calibration=calibration)
+    for write, path in ((found.to_html, html), (found.to_svg, svg), (found.to_png, png)):
+        if path is not None:
+            _write(write, path)
     if as_json:
         _print_json({"spec": parsed.name, **found.to_json(), "memory": found.memory.to_json()})
     else:
         typer.echo(str(found))
 
 
-def _write_page(found: gp.Report, path: Path) -> None:
+def _write(write: Callable[[Path], None], path: Path) -> None:
     try:
-        found.to_html(path)
+        write(path)
     except OSError as error:
-        raise _FileError(f"the page cannot be written: {error}") from error
+        raise _FileError(f"{path} cannot be written: {error}") from error
 
 
 @app.command()
@@ -134,6 +169,43 @@ def explain(
     with _session(spec, kwargs) as parsed:
         text = str(_plan(parsed, dtype, device).explain(name))
     typer.echo(text)
+
+
+# -- verify -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(
+    spec: SpecArgument,
+    kwargs: KwargsOption = "{}",
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="OPTIMIZER", help=f"Train it with this optimizer: {', '.join(OPTIMIZERS)}; else build it only."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 1,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample, where the model takes sequences.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps that are measured.")] = 3,
+    seed: Annotated[int, typer.Option(help="As torch.manual_seed(SEED) before the constructor.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="PATH", help="Load it from there.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add what was measured to this file, for `report --calibration`.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build it, and train it for some steps, for real: predicted against measured memory, and what the difference is."""
+    workload = gp.Training(optimizer=train, batch_size=batch_size, seq_len=seq_len) if train else None
+    with _session(spec, kwargs) as parsed:
+        plan = _plan(parsed, dtype, device)
+        _check_main_memory(plan.memory(workload))
+        found = plan.verify(workload, steps=steps, seed=seed, checkpoint=checkpoint)
+    if calibration is not None:
+        found.save_calibration(calibration)
+    if as_json:
+        _print_json({"spec": parsed.name, **found.to_json()})
+    else:
+        typer.echo(str(found))
 
 
 # -- doctor -------------------------------------------------------------------------------------------------------------
@@ -199,15 +271,19 @@ def materialize(
 
 def _check_room(plan: gp.Plan, out: Path) -> None:
     """Refuse what this machine cannot hold, before the system ends the process half-way."""
-    needed, size = plan.memory().by_device["construct"].get("cpu", 0), sum(plan.report().sizes[1].values())
-    memory, disk = _main_memory(), shutil.disk_usage(out).free
+    size, disk = sum(plan.report().sizes[1].values()), shutil.disk_usage(out).free
+    _check_main_memory(plan.memory())
+    if size > disk:
+        raise MaterializeError(f"the file takes {human_bytes(size)}, and {out} has {human_bytes(disk)} left")
+
+
+def _check_main_memory(needs: gp.Memory) -> None:
+    needed, memory = max(found.get("cpu", 0) for found in needs.by_device.values()), _main_memory()
     if memory is not None and needed > memory:
         raise MaterializeError(
             f"building it takes {human_bytes(needed)} of main memory, and this machine has {human_bytes(memory)}: cast it with "
             "--dtype, or build some tensors only, in Python, with plan.materialize_state(names)"
         )
-    if size > disk:
-        raise MaterializeError(f"the file takes {human_bytes(size)}, and {out} has {human_bytes(disk)} left")
 
 
 def _main_memory() -> int | None:
@@ -244,17 +320,8 @@ def _json_object(text: str) -> dict[str, Any]:
 def _plan(spec: Spec, dtype: str | None, device: str | None) -> gp.Plan:
     with _constructing(spec.name):
         plan = gp.trace(spec.build, *spec.args, **spec.kwargs)
-    plan = plan.cast(_dtype(dtype)) if dtype else plan
+    plan = plan.cast(options.dtype("--dtype", dtype)) if dtype else plan
     return plan.to(device) if device else plan
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if isinstance(found, torch.dtype) and found.is_floating_point:
-        return found
-    floating = [str(value)[6:] for value in vars(torch).values() if isinstance(value, torch.dtype) and value.is_floating_point]
-    hint = nearest(name, sorted(set(floating))) or "; write bfloat16, float16 or float32"
-    raise DecisionError(f"--dtype {name!r} is no floating-point dtype of torch{hint}")
 
 
 def _print_json(value: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from .fold import fold_names
 from .layout import layout_line, layout_lines, tensor_placement, tensor_quantizing
 from .planner.decisions import Cast, Decisions, Move, Rule, castable, final_device, final_dtype
-from .planner.memory import memory
+from .planner.estimate import memory
 from .planner.records import dtype_name
 from .report import WAY_OUT, peak_line, step_line
 from .shown import Shown, heading, shortened

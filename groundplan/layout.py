@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 
 from .fold import fold_names
 from .planner.decisions import Decisions, final_dtype
+from .planner.local_parts import LocalParts, shard_dim
 from .planner.quantizing import Quantizing, Size, quantized_names
-from .planner.rank_memory import coordinate_of, local_shape
 from .planner.records import dtype_named
-from .planner.sharding import Sharding
+from .planner.sharding import Pipeline, Sharding
+from .planner.stages import stages_of, tied_between
 from .tracer.graph import ParamGraph, TensorNode
 from .units import format_bytes
 
@@ -60,7 +61,12 @@ def quantized_size(size: Size) -> str:
 def _sharding_lines(graph: ParamGraph, sharding: Sharding) -> Iterator[str]:
     for axis in sharding.axes:
         yield f"{axis.name}: {axis.size} ranks, to {_PURPOSES[axis.role]}"
-    if sharding.axis("shard") is not None:
+    if sharding.pipeline is not None:
+        yield from _pipeline_lines(graph, sharding.pipeline, sharding.size("pipeline"))
+    if sharding.experts:
+        left = f", and by FSDP between the {sharding.expert_shard_ranks} that hold the same" if sharding.shards else ""
+        yield f"experts divided between {sharding.size('expert')} ranks, not by the tensor axis{left}: {_list(sharding.experts)}"
+    if sharding.shards:
         units = sharding.unit_names(graph)
         after = "freed after the forward pass" if sharding.reshard is True else "kept until the backward pass"
         if not isinstance(sharding.reshard, bool):
@@ -72,9 +78,31 @@ def _sharding_lines(graph: ParamGraph, sharding: Sharding) -> Iterator[str]:
             yield "keeps its shards in host memory"
     for rule in sharding.tensor:
         yield f"{rule.pattern}: {rule.style}"
+    if sharding.sequence_parallel:
+        yield "sequence parallel: norms and residuals are divided along the sequence between the ranks of the tensor axis"
+    if sharding.loss_parallel:
+        yield "loss parallel: logits are divided along the vocabulary between the ranks of the tensor axis"
+
+
+def _pipeline_lines(graph: ParamGraph, pipeline: Pipeline, ranks: int) -> Iterator[str]:
+    each = len(pipeline.stages) // ranks
+    yield f"{pipeline.schedule}: {pipeline.microbatches} micro-batches through {len(pipeline.stages)} stages, {each} on a rank"
+    for number, names in enumerate(pipeline.stages[:_SHOWN]):
+        yield f"stage {number}, on rank {number % ranks} of the pipeline: {_list(names)}"
+    if len(pipeline.stages) > _SHOWN:
+        yield f"… and {len(pipeline.stages) - _SHOWN} more stages"
+    for tensor, stages in tied_between(pipeline, graph):
+        yield f"{' and '.join(tensor.names)} are tied, and on {_stages(stages)}: their gradients have to be added up"
+
+
+def _stages(stages: tuple[int, ...]) -> str:
+    return f"stage{'s' * (len(stages) != 1)} {', '.join(map(str, stages))}"
 
 
 _PURPOSES = {
+    "pipeline": "have layers of their own",
+    "context": "divide every sequence, and with FSDP the parameters",
+    "expert": "divide the experts of a layer, the same ranks as those of the axes before it",
     "replicate": "hold the same",
     "shard": "divide every parameter along its first dim (FSDP)",
     "tensor": "divide single layers by rule",
@@ -86,18 +114,42 @@ def tensor_placement(tensor: TensorNode, graph: ParamGraph, decisions: Decisions
     sharding = decisions.sharding
     if sharding is None:
         return None
-    cuts, parts = sharding.cuts(graph), []
-    cut = next((cuts[name] for name in tensor.names if name in cuts), None)
+    local, parts = LocalParts.of_rank(sharding, graph, 0), []
+    if sharding.pipeline is not None:
+        on = stages_of(tensor, sharding.pipeline)
+        parts.append("on every stage" if len(on) == len(sharding.pipeline.stages) else f"on {_stages(on)}")
+    divided = list(_divisions(tensor, local))
+    if divided:
+        parts.append(f"divided {', then '.join(divided)}")
+    elif sharding.pipeline is None:
+        return "every rank holds all of it"
+    rank, shape = _first_holding(tensor, sharding, graph)
+    return f"{', '.join(parts)}; rank {rank} holds {list(shape)}"
+
+
+def _divisions(tensor: TensorNode, local: LocalParts) -> Iterator[str]:
+    sharding, cut, expert = local.sharding, local.cut(tensor), local.expert(tensor)
     if cut is not None:
         pieces = f" of each of {cut.split} pieces" if cut.split > 1 else ""
-        parts.append(f"along dim {cut.dim}{pieces} between {sharding.size('tensor')} ranks")
-    sharded = tensor.kind == "parameter" and sharding.axis("shard") is not None
-    if sharded:
-        parts.append(f"along dim 0 between {sharding.size('shard')} ranks (FSDP)")
-    if not parts:
-        return "every rank holds all of it"
-    shape = local_shape(tensor.shape, cut, sharded, sharding, coordinate_of(sharding, 0))
-    return f"divided {', then '.join(parts)}; rank 0 holds {list(shape)}"
+        yield f"along dim {cut.dim}{pieces} between {sharding.size('tensor')} ranks"
+    if expert is not None:
+        which = (
+            f"along dim 0, {expert.total} experts" if expert.number is None else f"as expert {expert.number} of {expert.total},"
+        )
+        yield f"{which} between {sharding.size('expert')} ranks"
+    if local.is_sharded(tensor):
+        ranks = sharding.shard_ranks if expert is None else sharding.expert_shard_ranks
+        dim = 0 if expert is None else shard_dim(expert, sharding)
+        yield f"along dim {dim} between {ranks} ranks (FSDP)"
+
+
+def _first_holding(tensor: TensorNode, sharding: Sharding, graph: ParamGraph) -> tuple[int, tuple[int, ...]]:
+    """The first rank that holds some of it, and what it holds."""
+    for rank in range(sharding.ranks):
+        shape = LocalParts.of_rank(sharding, graph, rank).shape(tensor)
+        if shape is not None:
+            return rank, shape
+    raise AssertionError(f"no rank holds {tensor.name}")
 
 
 def tensor_quantizing(tensor: TensorNode, decisions: Decisions) -> str | None:

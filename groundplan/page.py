@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 
 from .layout import layout_line
 from .markup import Markup, element, joined
-from .planner.memory import Memory
+from .page_memory import over_time, peak, phases
+from .page_parts import bar, bytes_cell, count_cell, heading, listing, section, swatch, table
 from .planner.records import dtype_name
 from .planner.verdict import Room, Verdict
 from .shown import shortened
 from .tensor_table import Row
+from .timeline import style
 from .tracer.describe import describe_frame
 from .treemap import Box, Rectangle, boxes, tree
-from .units import format_bytes, format_count
+from .units import format_bytes
 
 if TYPE_CHECKING:
     from .report import Report
@@ -45,7 +47,7 @@ def page(report: Report) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("title", f"{title}: ground plan"),
-        element("style", Markup(_file("page.css"))),
+        element("style", Markup(_style())),
     )
     data = report.to_json() | {"memory": report.memory.to_json()}
     body = element(
@@ -55,6 +57,11 @@ def page(report: Report) -> str:
         element("script", Markup(_file("page.js"))),
     )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _style() -> str:
+    """The style sheet, with the colors of kinds."""
+    return f"{_file('page.css')}{style(dark=False)}\n@media (prefers-color-scheme: dark) {{\n{style(dark=True)}\n}}\n"
 
 
 @cache
@@ -71,8 +78,9 @@ def _sections(report: Report) -> Iterator[Markup]:
     yield _summary(report)
     if report.verdict is not None:
         yield _verdict(report.verdict)
-    yield from _phases(report.memory)
-    yield _peak(report.memory)
+    yield from phases(report.memory)
+    yield from over_time(report)
+    yield peak(report.memory)
     yield from _map(report)
     yield from _tensors(report.rows)
     yield from _inits(report.rows)
@@ -80,53 +88,7 @@ def _sections(report: Report) -> Iterator[Markup]:
     yield from _uninitialized(report)
     yield _decisions(report)
     if report.notes:
-        yield _section("Assumptions and notes", _list(report.notes))
-
-
-# -- parts of sections --------------------------------------------------------------------------------------------------
-
-
-def _section(title: str, *inside: str) -> Markup:
-    name = "-".join(title.lower().split())
-    return element("section", element("h2", title, id=name), *inside, aria_labelledby=name)
-
-
-def _list(texts: Sequence[str]) -> Markup:
-    return element("ul", *(element("li", text) for text in texts))
-
-
-def _table(caption: str, head: Sequence[Markup], rows: Sequence[Markup]) -> Markup:
-    made = element("table", element("caption", caption), element("thead", element("tr", *head)), element("tbody", *rows))
-    return element("div", made, class_="wide", tabindex=0, role="region", aria_label=caption)
-
-
-def _head(text: str, number: bool = False, sort: bool = False) -> Markup:
-    if not text:
-        return element("td")
-    inside = element("button", text, type="button") if sort else text
-    return element("th", inside, scope="col", class_="number" if number else None)
-
-
-def _bytes(nbytes: int, **attributes: str) -> Markup:
-    return element("td", format_bytes(nbytes), class_="number", data_value=nbytes, title=f"{nbytes:,} bytes", **attributes)
-
-
-def _count(count: int) -> Markup:
-    return element("td", format_count(count), class_="number", data_value=count, title=f"{count:,}")
-
-
-def _bar(pieces: Sequence[tuple[int, str]], whole: int, limit: int | None = None) -> Markup:
-    """A cell with pieces of a bar, one after the other, as (bytes, class); `whole` bytes are all of its width."""
-    drawn, at = [], 0.0
-    for nbytes, kind in pieces:
-        width = 100 * nbytes / whole if whole else 0.0
-        drawn.append(element("rect", x=f"{at:.3f}", y=0, width=f"{width:.3f}", height=10, class_=kind))
-        at += width
-    if limit is not None and whole:
-        x = f"{100 * limit / whole:.3f}"
-        drawn.append(element("line", x1=x, x2=x, y1=0, y2=10, class_="limit", vector_effect="non-scaling-stroke"))
-    drawing = element("svg", *drawn, viewBox="0 0 100 10", preserveAspectRatio="none", aria_hidden="true", focusable="false")
-    return element("td", drawing, class_="bar")
+        yield section("Assumptions and notes", listing(report.notes))
 
 
 # -- summary and verdict ------------------------------------------------------------------------------------------------
@@ -142,11 +104,11 @@ def _summary(report: Report) -> Markup:
 def _verdict(verdict: Verdict) -> Markup:
     word = element("span", verdict.verdict, class_=f"verdict {_CLASSES[verdict.verdict]}", id="verdict")
     names = ("place", "verdict", "phase", "needed", "margin", "usable", "left")
-    head = [_head(name, name in names[3:]) for name in names] + [_head("")]
-    table = _table(_ROOMS, head, [_room(room) for room in verdict.rooms])
+    head = [heading(name, name in names[3:]) for name in names] + [heading("")]
+    rooms = table(_ROOMS, head, [_room(room) for room in verdict.rooms])
     on_top = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in verdict.binding.added.items())
     besides = element("p", f"Besides the tensors, at {verdict.binding.place}: {on_top}.")
-    return _section("Does it fit", element("p", str(verdict.cluster), ": ", word), table, besides, _list(verdict.notes))
+    return section("Does it fit", element("p", str(verdict.cluster), ": ", word), rooms, besides, listing(verdict.notes))
 
 
 def _room(room: Room) -> Markup:
@@ -154,7 +116,7 @@ def _room(room: Room) -> Markup:
     word = element("td", room.verdict, class_=_CLASSES[room.verdict])
     sign = "" if room.left >= 0 else "−"
     left = element("td", f"{sign}{format_bytes(abs(room.left))} ({room.percent:.1f} %)", class_="number", data_value=room.left)
-    numbers = [_bytes(nbytes) for nbytes in (room.needed, room.margin, room.usable)]
+    numbers = [bytes_cell(nbytes) for nbytes in (room.needed, room.margin, room.usable)]
     pieces = [(room.tensors, "fill-bar"), (sum(room.added.values()), "fill-added"), (room.margin, "fill-margin")]
     return element(
         "tr",
@@ -163,43 +125,8 @@ def _room(room: Room) -> Markup:
         element("td", room.phase),
         *numbers,
         left,
-        _bar(pieces, whole, room.usable),
+        bar(pieces, whole, room.usable),
     )
-
-
-# -- memory -------------------------------------------------------------------------------------------------------------
-
-
-def _phases(memory: Memory) -> Iterator[Markup]:
-    devices = list(dict.fromkeys(device for found in memory.by_device.values() for device in found))
-    whole = max((nbytes for found in memory.by_device.values() for nbytes in found.values()), default=0)
-    tables = [_of_device(memory, device, whole) for device in devices]
-    yield _section("Memory by phase", *tables)
-
-
-def _of_device(memory: Memory, device: str, whole: int) -> Markup:
-    rows = []
-    for phase, found in memory.by_device.items():
-        nbytes = found.get(device, 0)
-        name = element("th", phase, scope="row")
-        rows.append(
-            element("tr", name, _bytes(nbytes, data_phase=phase, data_device=device), _bar([(nbytes, "fill-bar")], whole))
-        )
-    return _table(f"Peak bytes on {device}", [_head("phase"), _head("bytes", True), _head("")], rows)
-
-
-def _peak(memory: Memory) -> Markup:
-    binding = memory.binding
-    line = element("p", f"{format_bytes(binding.bytes)} in {binding.phase} on {binding.device}.")
-    if not binding.tensors:
-        return _section("What makes the peak", line)
-    whole = binding.tensors[0][1]
-    rows = [
-        element("tr", element("td", name, class_="name"), _bytes(nbytes), _bar([(nbytes, "fill-bar")], whole))
-        for name, nbytes in binding.tensors
-    ]
-    caption = "Largest there, with what is held because of them: gradient, optimizer state, the copy being converted"
-    return _section("What makes the peak", line, _table(caption, [_head("tensor"), _head("bytes", True), _head("")], rows))
 
 
 # -- the treemap --------------------------------------------------------------------------------------------------------
@@ -225,7 +152,7 @@ def _map(report: Report) -> Iterator[Markup]:
         aria_label=f"Treemap of {format_bytes(whole.nbytes)} of parameters by module",
     )
     how = "Areas are bytes in the dtypes that the plan ends with; colors are classes of modules. Arrow keys go from part to part."
-    yield _section(
+    yield section(
         "Parameters by module", element("p", how, class_="note"), _legend(kinds, colors), drawing, element("output", id="part")
     )
 
@@ -234,12 +161,9 @@ def _legend(kinds: Counter[str], colors: Mapping[str, int]) -> Markup:
     named = [(kind, nbytes) for kind, nbytes in kinds.most_common() if colors[kind] < _COLORS - 1]
     rest = sum(kinds.values()) - sum(nbytes for _, nbytes in named)
     entries = [(kind, nbytes, colors[kind]) for kind, nbytes in named] + ([("others", rest, _COLORS - 1)] if rest else [])
-    return element("ul", *(_entry(*entry) for entry in entries), class_="legend")
-
-
-def _entry(kind: str, nbytes: int, color: int) -> Markup:
-    swatch = element("svg", element("rect", width=10, height=10, class_=f"k{color}"), viewBox="0 0 10 10", aria_hidden="true")
-    return element("li", swatch, f"{kind} {format_bytes(nbytes)}")
+    return element(
+        "ul", *(swatch(f"k{color}", f"{kind} {format_bytes(nbytes)}") for kind, nbytes, color in entries), class_="legend"
+    )
 
 
 def _box(box: Box, whole: int, colors: Mapping[str, int], first: bool) -> Markup:
@@ -263,11 +187,11 @@ def _tensors(rows: Sequence[Row]) -> Iterator[Markup]:
         return
     ranked = sorted(rows, key=lambda row: (-row.nbytes, row.name))
     names = ("tensor", "count", "shape", "dtype", "device", "bytes", "init", "kind")
-    head = [_head(name, name in ("count", "bytes"), sort=True) for name in names]
+    head = [heading(name, name in ("count", "bytes"), sort=True) for name in names]
     caption = "Tensors that differ in a layer's number only are one line; its bytes are those of all of them"
     made = [_tensor(row) for row in ranked[:_SHOWN_ROWS]]
     more = [element("p", f"… and {len(rows) - _SHOWN_ROWS:,} more lines, all in the page's JSON.")] * (len(rows) > _SHOWN_ROWS)
-    yield _section("Largest tensors", _table(caption, head, made), *more)
+    yield section("Largest tensors", table(caption, head, made), *more)
 
 
 def _tensor(row: Row) -> Markup:
@@ -275,11 +199,11 @@ def _tensor(row: Row) -> Markup:
     init = f"{row.init}, rest uninitialized" if row.uninitialized and not row.init.startswith("uninitialized") else row.init
     cells = [
         element("td", row.name, class_="name"),
-        _count(row.count),
+        count_cell(row.count),
         element("td", shape),
         element("td", dtype_name(row.final)),
     ]
-    cells += [element("td", row.device), _bytes(row.nbytes), element("td", init), element("td", row.section)]
+    cells += [element("td", row.device), bytes_cell(row.nbytes), element("td", init), element("td", row.section)]
     return element("tr", *cells)
 
 
@@ -291,11 +215,11 @@ def _inits(rows: Sequence[Row]) -> Iterator[Markup]:
     if not counts:
         return
     made = [
-        element("tr", element("td", element("code", init)), _count(counts[init]), _bytes(nbytes))
+        element("tr", element("td", element("code", init)), count_cell(counts[init]), bytes_cell(nbytes))
         for init, nbytes in sizes.most_common()
     ]
-    head = [_head("init", sort=True), _head("tensors", True, sort=True), _head("bytes", True, sort=True)]
-    yield _section("Init functions", _table("What gives the tensors their values", head, made))
+    head = [heading("init", sort=True), heading("tensors", True, sort=True), heading("bytes", True, sort=True)]
+    yield section("Init functions", table("What gives the tensors their values", head, made))
 
 
 def _dead(report: Report) -> Iterator[Markup]:
@@ -305,13 +229,13 @@ def _dead(report: Report) -> Iterator[Markup]:
     for each in report.dead:
         lines = "; ".join(describe_frame(line) for line in each.lines[:_SHOWN_LINES])
         more = f"; and {len(each.lines) - _SHOWN_LINES} more" if len(each.lines) > _SHOWN_LINES else ""
-        numbers = [_count(number) for number in (each.count, each.elements, each.draws)]
+        numbers = [count_cell(number) for number in (each.count, each.elements, each.draws)]
         rows.append(element("tr", element("td", element("code", each.init)), *numbers, element("td", f"{lines}{more}")))
-    head = [_head("init"), *(_head(name, True) for name in ("ops", "elements", "draws")), _head("called from")]
+    head = [heading("init"), *(heading(name, True) for name in ("ops", "elements", "draws")), heading("called from")]
     count = (
         f"{len(report.graph.dead_ops):,} of {len(report.graph.ops):,} ops leave nothing in the finished module and are not run"
     )
-    yield _section("Dead ops", _table(count, head, rows))
+    yield section("Dead ops", table(count, head, rows))
 
 
 def _uninitialized(report: Report) -> Iterator[Markup]:
@@ -320,11 +244,11 @@ def _uninitialized(report: Report) -> Iterator[Markup]:
     names = [tensor.name for tensor in report.graph.uninitialized]
     if names:
         more = [f"… and {len(names) - _SHOWN_ROWS:,} more"] * (len(names) > _SHOWN_ROWS)
-        yield _section("Tensors without values", element("p", WAY_OUT), _list([*names[:_SHOWN_ROWS], *more]))
+        yield section("Tensors without values", element("p", WAY_OUT), listing([*names[:_SHOWN_ROWS], *more]))
 
 
 def _decisions(report: Report) -> Markup:
     from .report import step_line
 
     made = [*map(step_line, report.decisions.steps), *filter(None, [layout_line(report.decisions)])]
-    return _section("Decisions", _list(made) if made else element("p", "None: everything stays as constructed."))
+    return section("Decisions", listing(made) if made else element("p", "None: everything stays as constructed."))

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .explain import Explanation, explain
+from .planner.allocator_config import AllocatorConfig
+from .planner.calibration import Calibration
 from .planner.check import check_decisions
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, default_decisions
-from .planner.memory import Memory, memory, memory_of_run
+from .planner.estimate import memory, memory_of_run
+from .planner.inference import Inference
+from .planner.inference_memory import by_rule, inference_memory, weights_alone
+from .planner.memory import Memory
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
+from .planner.profile import NoProfile, Profile
 from .planner.quantizing import Filter
-from .planner.sharding import LAYERS, sharding
+from .planner.rank_runs import memory_of_ranks
+from .planner.replayed_run import Allocator
+from .planner.reserved import with_reserved
+from .planner.sharding import LAYERS, ROLES, Schedule, matches, sharding
+from .planner.tiers import Tier, check_tier
 from .planner.workload import Training
 from .progress import shown
 from .report import Report
@@ -27,11 +38,15 @@ from .runtime import materialize as materialize_plan
 from .runtime.checkpoint import Rename, Source
 from .runtime.materialize import Progress as ProgressCallback
 from .runtime.options import Options
-from .tracer.errors import DecisionError, MaterializeError, PlanFileError
+from .tracer.errors import DecisionError, MaterializeError, MemoryRunError, PlanFileError
 from .tracer.graph import ParamGraph
+
+Workload = Training | Inference
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from .verification import Verification
 
 
 def trace(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
@@ -74,10 +89,19 @@ class Plan:
         """What the constructor creates; raises `PlanFileError` for a loaded plan that is not bound."""
         return self._bound.graph
 
-    def report(self, workload: Training | None = None, cluster: Cluster | str | None = None) -> Report:
+    def report(
+        self,
+        workload: Workload | None = None,
+        cluster: Cluster | str | None = None,
+        *,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
+        tier: Tier = "T0",
+        allocator: AllocatorConfig | str | None = None,
+    ) -> Report:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
-        With a `workload` the memory is that of training, with a `cluster` it says as well whether that fits (`Memory.fits`).
+        With a `workload` the memory is that of training or serving, with a `cluster` it says as well whether that fits
+        (`Memory.fits`). `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
@@ -85,8 +109,12 @@ class Plan:
         >>> trace(torch.nn.Linear, 3, 4).report(cluster="64GB-cpu").verdict.verdict
         'fits'
         """
-        found = self.memory(workload)
-        return Report(self.graph, self.decisions, found, None if cluster is None else found.fits(cluster))
+        if calibration is not None and cluster is None:
+            raise DecisionError("calibration= is for saying whether it fits; say what: report(cluster=..., calibration=...)")
+        found = self.memory(workload, tier=tier, allocator=allocator, cluster=cluster)
+        return Report(
+            self.graph, self.decisions, found, None if cluster is None else found.fits(cluster, calibration=calibration)
+        )
 
     def explain(self, name: str | None = None) -> Explanation:
         """One tensor's recipe with its source lines; without a name, every decision with its reason.
@@ -99,30 +127,76 @@ class Plan:
         """
         return explain(self.graph, self.decisions, name)
 
-    def memory(self, workload: Training | None = None, *, tier: Literal["T0", "T1"] = "T0") -> Memory:
-        """The peak bytes of every phase by device: of the weights, or of training them with `workload`.
+    def memory(
+        self,
+        workload: Workload | None = None,
+        *,
+        tier: Tier = "T0",
+        allocator: AllocatorConfig | str | None = None,
+        cluster: Cluster | str | None = None,
+    ) -> Memory:
+        """The peak bytes of every phase by device: of the weights, or of training or serving them, as `workload` says.
 
-        `tier="T0"` is a closed form, which leaves activations out. `tier="T1"` runs forward, loss, backward and optimizer of the
-        plan's module twice, on fake tensors: nothing is allocated, and all that would be is counted, to the byte on the CPU.
-        It is for plans of one device. `workload.inputs` are the inputs of that step, or are made from the module's signature.
+        `tier="T0"` is a closed form. Activations are in it by one traced forward and backward of each kind of layer, which is
+        kept for further calls; where that cannot be, they are left out, and a note says why. `tier="T1"` runs forward, loss,
+        backward and optimizer of the plan's module twice, on fake tensors: nothing is allocated, and all that would be is
+        counted, to the byte on the CPU. Of a plan that shards it is the step of rank 0, under torch's own FSDP2 and tensor
+        parallelism in a process group that talks to nobody; your own process groups stay as they are. `rank(i)` of the result
+        runs that rank's, if its parts have other shapes. Plans that place or quantize have the closed form only.
+        `workload.inputs` are the inputs of that step, of one rank, or are made from the module's signature. `tier="T2"` replays
+        that run through the rules of CUDA's caching allocator: `reserved` beside active bytes.
 
-        Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, and `MemoryRunError` where the step looks
-        at values, such as `if x.max() > 1`.
+        With `gp.Inference` every tier runs forward on fake tensors, for the prompt and for tokens after it: some seconds for 80
+        layers. In T0 what a plan shards, places or quantizes is applied to that run by rule, and the weights alone are given
+        where forward looks at values.
+
+        `allocator` says how that is set, as in PYTORCH_ALLOC_CONF: `"expandable_segments:True"`; None is as torch sets it. In T0
+        it asks for `reserved` as well, of what is there at the peaks. `cluster` says for which devices, as workspaces differ.
+
+        Raises `DecisionError` for a tier, a plan or inputs with which it cannot be run, `AllocatorError` for settings that torch
+        does not take, and `MemoryRunError` where the step looks at values, such as `if x.max() > 1`.
 
         >>> trace(torch.nn.Linear, 3, 4).memory().phases
         {'construct': 64, 'load': 64, 'checkpoint': 64}
         >>> trace(torch.nn.Linear, 3, 4).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
         152
+        >>> trace(torch.nn.Linear, 3, 4).shard({"dp": 2}).memory(Training("sgd", batch_size=2), tier="T1").phases["optimizer"]
+        88
+        >>> trace(torch.nn.Linear, 3, 4).memory(Inference(batch_size=2)).phases["step"]
+        120
+        >>> on_gpu = trace(torch.nn.Linear, 3, 4).to("cuda").memory(Training("sgd", batch_size=2), tier="T2")
+        >>> on_gpu.phases["optimizer"], on_gpu.reserved["optimizer"]["cuda:0"].reserved // 2**20
+        (152, 68)
         """
-        if tier == "T0":
-            return memory(self.graph, self.decisions, workload)
-        if tier != "T1":
-            raise DecisionError(f'tier={tier!r} is not known: say "T0" for the closed form, "T1" for a run on fake tensors')
-        if workload is None:
-            raise DecisionError('tier="T1" runs a training step; say which one: plan.memory(gp.Training(...), tier="T1")')
+        check_tier(tier, workload, allocator)
+        if isinstance(workload, Inference):
+            return _serving(self._bound, self.decisions, workload, tier, Allocator.of(allocator, cluster))
+        if tier == "T0" or workload is None:
+            found = memory(self.graph, self.decisions, workload, self._profile(workload))
+        else:
+            found = self._run_of(workload)
+        if tier != "T2" and allocator is None:
+            return found
+        return with_reserved(found, Allocator.of(allocator, cluster))
+
+    def _run_of(self, workload: Training) -> Memory:
+        """The memory of tier T1: from runs of the step."""
+        if self.decisions.sharding is not None:
+            from .runtime.fake_ranks import fake_rank_step  # torch.distributed, which it imports, takes a second
+
+            run_of = partial(fake_rank_step, self._bound, self.decisions, workload)
+            return memory_of_ranks(self.graph, self.decisions, workload, run_of, self._profile(workload))
         from .runtime.fake_step import fake_step
 
-        return memory_of_run(self.graph, self.decisions, workload, fake_step(self._bound, self.decisions, workload))
+        run = fake_step(self._bound, self.decisions, workload)
+        return memory_of_run(self.graph, self.decisions, workload, run, self._profile(workload))
+
+    def _profile(self, workload: Training | None) -> Profile | NoProfile | None:
+        if workload is None:
+            return None
+        from .runtime.profiles import profile_of
+
+        return profile_of(self._bound, self.decisions, workload)
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 
@@ -156,6 +230,12 @@ class Plan:
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         offload: bool = False,
+        schedule: Schedule | None = None,
+        microbatches: int | None = None,
+        stages: int | Sequence[int] | Sequence[Sequence[str]] | None = None,
+        experts: str | Sequence[str] | None = None,
+        sequence_parallel: bool = False,
+        loss_parallel: bool = False,
     ) -> Plan:
         """Divide the module between the ranks of a mesh: `{"dp": 8}`, or `{"dp_replicate": 2, "dp_shard": 4, "tp": 2}`.
 
@@ -169,15 +249,44 @@ class Plan:
         `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`, `colwise_gather_output`,
         `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers model's own `tp_plan`.
 
-        Raises `DecisionError` for axes, units or rules that do not fit the module, quoting the values.
+        Pipeline, context and expert axes (`pp`, `cp`, `ep`, as torchtitan has them), `sequence_parallel` and `loss_parallel` are
+        for `memory` and `report`: `materialize` raises, and `meta_module` is what your own code shards then. FSDP divides along
+        `dp_shard` and `cp` as one axis. `ep` takes its ranks from `dp_shard`, `cp` and `tp`, so that it adds none: experts are
+        divided along it, and by FSDP between the ranks that are left. `experts` are patterns of the parameters, modules or lists
+        that hold them; None takes the model's own `ep_plan`, or finds them beside a router.
+
+        Along `pp` layers are divided by count; `stages` says how many stages there are, how many layers each has, or what each
+        holds (`[["embed", "layers.0"], ["layers.1", "head"]]`, torchtitan's `module_fqns_per_model_part`). `schedule` is `1f1b`,
+        `gpipe` or `interleaved1f1b`; `microbatches` a rank's batch is divided into, as many as there are stages if None.
+
+        Raises `DecisionError` for axes, units, rules, stages or experts that do not fit the module, quoting the values.
 
         >>> plan = trace(torch.nn.Transformer, 16, 2, 2, 2, 32).shard({"dp": 4})
         >>> plan.decisions.sharding.units
         ('encoder.layers.*', 'decoder.layers.*')
+        >>> plan = trace(torch.nn.Sequential, *(torch.nn.Linear(4, 4) for _ in range(5))).shard({"pp": 2}, microbatches=8)
+        >>> plan.decisions.sharding.pipeline.stages
+        (('0', '1', '2'), ('3', '4'))
         """
         engine: Literal["torch", "transformers"] = "transformers" if isinstance(tensor, str) else "torch"
         rules = self._own_rules(tensor) if isinstance(tensor, str) else tensor
-        made = sharding(axes, self.graph, units, rules, engine, reshard, compute_dtype, reduce_dtype, offload)
+        made = sharding(
+            axes,
+            self.graph,
+            units,
+            rules,
+            engine,
+            reshard,
+            compute_dtype,
+            reduce_dtype,
+            offload,
+            schedule=schedule,
+            microbatches=microbatches,
+            stages=stages,
+            experts=self._own_experts(axes) if experts is None else [experts] if isinstance(experts, str) else experts,
+            sequence_parallel=sequence_parallel,
+            loss_parallel=loss_parallel,
+        )
         return replace(self, _decided=self.decisions.shard(made))
 
     def place(self, devices: Mapping[str, str | torch.device]) -> Plan:
@@ -229,6 +338,15 @@ class Plan:
                 'one, such as tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"}'
             )
         return dict(rules)
+
+    def _own_experts(self, axes: Mapping[str, int]) -> Sequence[str] | None:
+        """What the expert parallel plan that a transformers model brings along divides; None where there is none, or no need."""
+        if not isinstance(axes, Mapping) or not any(ROLES.get(name) == "expert" for name in axes):
+            return None
+        own = getattr(self.meta_module(), "ep_plan", None)
+        divided = [pattern for pattern, style in own.items() if style == "grouped_gemm"] if isinstance(own, dict) else []
+        names = [name for tensor in self.graph.parameters for name in tensor.names]
+        return [pattern for pattern in divided if any(matches(pattern, name) for name in names)] or None
 
     # -- keeping --------------------------------------------------------------------------------------------------------
 
@@ -402,6 +520,39 @@ class Plan:
         options = Options(None, rng, uninitialized, threads)
         save_checkpoint(self._bound, self.decisions, source, path, max_shard_size, format, options)
 
+    def verify(
+        self,
+        workload: Training | None = None,
+        *,
+        steps: int = 3,
+        seed: int | None = None,
+        checkpoint: Source | None = None,
+        saving: bool | None = None,
+        keep: bool = False,
+        mesh: DeviceMesh | None = None,
+        timeout: float | None = None,
+    ) -> Verification:
+        """Build the plan for real, train it for `steps` steps, and say what every phase took beside what was predicted.
+
+        The module is built as by `materialize(seed, checkpoint)` and, with a `workload`, takes its steps. On CUDA the peaks are
+        the caching allocator's own counts, on the CPU those of torch.profiler's memory events. Two more steps are looked at op by
+        op: they say which kinds of memory and which tensors the difference consists of. A checkpoint of the module is written to
+        a temporary folder, and removed, where that is cheap (4 GB) or with `saving=True`. With `keep` the module, as the steps
+        left it, is the verification's `module`; else it is dropped.
+
+        Every rank of a sharded plan makes the same call and measures itself; all of them get all figures. Random generators are
+        as they were afterwards; CUDA's peak counters and the process's own record of resident memory (VmHWM) start anew.
+
+        Raises `DecisionError` for steps below 2 and for training a plan that places or quantizes; what `materialize` raises.
+
+        >>> found = trace(torch.nn.Linear, 300, 400).verify(Training("sgd", batch_size=2, implementation="for-loop"))
+        >>> found.check("step").difference
+        0
+        """
+        from .verification import verified
+
+        return verified(self, workload, steps, seed, checkpoint, saving, keep, mesh, timeout)
+
     @property
     def _bound(self) -> Build:
         if self._build is None:
@@ -410,6 +561,22 @@ class Plan:
                 f"that it was traced from, {self.decisions.constructor}"
             )
         return self._build
+
+
+def _serving(build: Build, decisions: Decisions, inference: Inference, tier: Tier, allocator: Allocator) -> Memory:
+    """The memory of serving, from a run of it: in T0 of the module whole, and by rule; else of each rank as it is."""
+    from .runtime.fake_inference import fake_inference, fake_rank_inference
+    from .runtime.fake_step import check_one_device
+
+    if tier == "T0":
+        try:
+            run = fake_inference(build, decisions, inference)
+        except MemoryRunError as error:
+            return weights_alone(build.graph, decisions, str(error))
+        return replace(by_rule(build.graph, decisions, inference, run, allocator), tier=tier)
+    check_one_device(decisions)
+    runs = functools.partial(fake_rank_inference, build, decisions, inference)
+    return replace(inference_memory(build.graph, decisions, inference, runs, allocator), tier=tier)
 
 
 def _name_of(build: Callable[..., Any]) -> str:

@@ -19,11 +19,15 @@ from .fold import Fold, fold_names
 from .layout import layout_line
 from .planner.decisions import Cast, Decisions, Move, final_device, final_dtype
 from .planner.memory import Memory
+from .planner.ranks_alike import RanksAlike, ranks_alike
 from .planner.records import dtype_name
+from .planner.series import Series
 from .planner.verdict import Verdict
 from .shown import Shown, bullets, heading, shortened, write_atomically
 from .tensor_table import SECTIONS, Row, tensor_table
+from .timeline import alone, drawing, write_png
 from .tracer.describe import describe_frame, describe_op, recipe_phrases
+from .tracer.errors import DecisionError
 from .tracer.graph import Frame, Op, ParamGraph, Storage, TensorNode
 from .treemap import Leaf
 from .units import format_bytes, format_count
@@ -87,12 +91,27 @@ class Report(Shown):
             "uninitialized": [tensor.name for tensor in self.graph.uninitialized],
             "phases": dict(self.memory.phases),
             "peak": self.memory.peak,
+            "ranks": [_rank_json(each) for each in self.rank_classes] if self.memory.ranks > 1 else [],
             "verdict": None if self.verdict is None else self.verdict.to_json(),
             "notes": list(self.notes),
         }
         if path is not None:
             write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         return data
+
+    def to_svg(self, path: str | os.PathLike[str]) -> None:
+        """Write the memory over time, by kind, to `path` as a drawing: of the device, and of ranks rank 0, that make the peak.
+
+        Raises `DecisionError` where nothing is held.
+        """
+        write_atomically(path, alone(self._series(), self._whose))
+
+    def to_png(self, path: str | os.PathLike[str], width: int = 1600) -> None:
+        """The same as an image, `width` pixels wide, on a light ground.
+
+        Raises `DecisionError` where nothing is held, or the package `cairosvg`, which draws it, is not installed.
+        """
+        write_png(path, alone(self._series(), self._whose, dark=False), width)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report to `path` as one page for a browser that loads nothing; what was there stays until it is complete.
@@ -119,7 +138,26 @@ class Report(Shown):
             yield heading("notes")
             yield from bullets(self.notes, style="dim")
 
+    def _repr_html_(self) -> str:
+        series = self.memory.series()
+        return super()._repr_html_() + ("" if series is None else drawing(series, self._whose))
+
+    def _series(self) -> Series:
+        series = self.memory.series()
+        if series is None:
+            raise DecisionError(f"{self.decisions.constructor} holds nothing in any phase, so there is no timeline to draw")
+        return series
+
+    @property
+    def _whose(self) -> str:
+        return "rank 0" if self.memory.ranks > 1 else ""
+
     # -- contents -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def rank_classes(self) -> tuple[RanksAlike, ...]:
+        """The ranks of a plan that shards, those together whose parts have the same shapes; rank 0's come first."""
+        return ranks_alike(self.graph, self.decisions.sharding, self.memory)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -271,6 +309,12 @@ def _row_json(row: Row) -> dict[str, Any]:
     return asdict(row) | names | {"shape": None if row.shape is None else list(row.shape)}
 
 
+def _rank_json(each: RanksAlike) -> dict[str, Any]:
+    memory = each.memory
+    series = [found.to_json() for device in memory.devices if (found := memory.series(device)) is not None]
+    return {"ranks": list(each.ranks), "phases": memory.phases, "peak": memory.peak, "timeline": series}
+
+
 def _dead_json(dead: Dead) -> dict[str, Any]:
     return asdict(dead) | {"lines": [describe_frame(line) for line in dead.lines]}
 
@@ -388,13 +432,13 @@ def _uninitialized(graph: ParamGraph) -> Iterator[RenderableType]:
 
 
 def _memory(memory: Memory) -> Iterator[RenderableType]:
-    devices = list(dict.fromkeys(device for found in memory.by_device.values() for device in found))
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     grid.add_column("  phase", no_wrap=True)
-    for device in devices:
-        grid.add_column(device, justify="right", no_wrap=True)
-    for phase, found in memory.by_device.items():
-        grid.add_row(f"  {phase}", *(format_bytes(found.get(device, 0)) for device in devices))
+    columns = list(memory.columns())
+    for title, _ in columns:
+        grid.add_column(title, justify="right", no_wrap=True)
+    for phase in memory.by_device:
+        grid.add_row(f"  {phase}", *(format_bytes(found.get(phase, 0)) for _, found in columns))
     yield heading("memory")
     yield grid
     yield from bullets([peak_line(memory)], mark=" ")

@@ -49,12 +49,12 @@ class Shown:
         return console
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path`, which holds either all of it or what it held before."""
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write `content` to `path`, text as UTF-8: it holds either all of it or what it held before."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

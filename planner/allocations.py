@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal
 
 from ..tracer.graph import Frame
@@ -20,14 +22,19 @@ Kind = Literal[
     "gradient",
     "optimizer state",
     "activation",
+    "KV cache",
     "gathered parameter",
     "communication buffer",
     "temporary",
 ]
-"""What a piece of memory is for. *Gathered parameters* are whole ones that FSDP makes of the ranks' parts for a while."""
+"""What a piece of memory is for. *Gathered parameters* are whole ones that FSDP makes of the ranks' parts for a while; the *KV
+cache* is all that a model keeps of the tokens before, states included."""
 
 START, FIRST_STEP, FIRST_OPTIMIZER, STEP, OPTIMIZER = "start", "first_step", "first_optimizer", "step", "optimizer"
 """The phases of a run: what is there before it, then forward and backward, and the optimizer, twice."""
+
+BETWEEN = "between"
+"""In a run of serving, the tokens between the first and the last that is decoded; no phase of `Memory`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,10 @@ class Timeline:
                 peaks[known] = max(peaks.get(known, 0), held)
             peaks[device] = max(peaks.get(device, 0), now)
         return found
+
+    def by_phase(self) -> Iterator[tuple[str, Iterator[Moment]]]:
+        """The moments of one phase after the other, in order."""
+        return groupby(self.moments, key=attrgetter("phase"))
 
     def at_peak(self, phase: str, device: str) -> list[Allocation]:
         """What is there when `phase` is at its peak on `device`, largest first."""

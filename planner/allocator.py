@@ -99,6 +99,11 @@ class CachingAllocator:
         """The highest of each number so far; not all at the same time."""
         return Usage(self._peak_requested, self._peak_allocated, self._peak_active, self.driver.peak, self._peak_segments)
 
+    def reset_peak(self) -> None:
+        """`torch.cuda.reset_peak_memory_stats`: peaks are counted anew, from what is there now."""
+        self._peak_requested, self._peak_allocated, self._peak_active = self.requested, self.allocated, self.active
+        self._peak_segments, self.driver.peak = self.segments, self.driver.reserved
+
     def address(self, id: Hashable) -> int | None:
         """Where an allocation is; None for one of no bytes. Raises `AllocatorError` for an id that is not allocated."""
         block = self._block(id, "there is no address of")

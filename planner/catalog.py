@@ -47,12 +47,14 @@ class Flops(Record):
 class Device(Record):
     """One kind of device. `memory` is usable bytes, speeds are bytes per second; links count one direction; None is unknown.
 
+    `capability` is CUDA's compute capability, (9, 0) for Hopper; None is unknown, or no CUDA device.
     `link` leads to other devices of the node (without one they talk over PCIe), `network` to other nodes, for each device.
     """
 
     name: _Name
     aliases: tuple[_Name, ...] = ()
     memory: Annotated[int, Field(ge=0)]
+    capability: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] | None = None
     bandwidth: _Speed | None = None
     flops: Flops = Flops()
     link: _Speed | None = None

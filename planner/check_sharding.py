@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
+from .experts import check_experts, experts_of
 from .sharding import ROLES, TORCH_STYLES, Sharding, cut_of, matches, parameters_by_module
+from .stages import check_pipeline
 
-_ORDER = ("replicate", "shard", "tensor")
+_ORDER = ("pipeline", "replicate", "shard", "context", "tensor")
 _CONTAINERS = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
 
@@ -27,15 +30,30 @@ def check_axes(axes: Any) -> None:
     if twice is not None:
         same = ", ".join(each for each in axes if ROLES[each] == twice)
         raise DecisionError(f"{same} mean the same, to {twice}; keep one of them")
-    if roles == ["replicate", "tensor"]:
-        (replicate, replicas), (tensor, size) = axes.items()
+    if "replicate" in roles and "tensor" in roles and not {"shard", "context"} & set(roles):
+        replicate, tensor = (next(name for name in axes if ROLES[name] == role) for role in ("replicate", "tensor"))
         raise DecisionError(
             "torch has no data parallelism without sharding beside tensor parallelism; say "
-            f'{{"{replicate}": {replicas}, "dp_shard": 1, "{tensor}": {size}}}'
+            f'{{"{replicate}": {axes[replicate]}, "dp_shard": 1, "{tensor}": {axes[tensor]}}}'
         )
-    if roles != sorted(roles, key=_ORDER.index):
-        wanted = ", ".join(sorted(axes, key=lambda name: _ORDER.index(ROLES[name])))
-        raise DecisionError(f"the axes are in the order {', '.join(axes)}; torch's mesh wants the innermost last: {wanted}")
+    dense = [name for name in axes if ROLES[name] != "expert"]
+    if dense != (wanted := sorted(dense, key=lambda name: _ORDER.index(ROLES[name]))):
+        order = ", ".join(wanted)
+        raise DecisionError(f"the axes are in the order {', '.join(dense)}; torch's mesh wants the innermost last: {order}")
+    _check_expert_axis(axes)
+
+
+def _check_expert_axis(axes: Mapping[str, int]) -> None:
+    """The expert axis takes its ranks from the shard, context and tensor axes (torchtitan's `ParallelDims._validate`)."""
+    expert = next((name for name in axes if ROLES[name] == "expert"), None)
+    others = [name for name in axes if ROLES[name] in ("shard", "context", "tensor")]
+    ranks = math.prod(axes[name] for name in others)
+    if expert is not None and ranks % axes[expert]:
+        among = f"{' * '.join(others)} = {ranks}" if others else "1, as there is none"
+        raise DecisionError(
+            f"{expert}={axes[expert]} takes its ranks from the shard, context and tensor axes, and does not divide {among}; "
+            f'give a multiple, such as {{"dp_shard": {axes[expert]}, "{expert}": {axes[expert]}}}'
+        )
 
 
 def check_sharding(sharding: Sharding, graph: ParamGraph) -> None:
@@ -45,8 +63,42 @@ def check_sharding(sharding: Sharding, graph: ParamGraph) -> None:
     _check_units(sharding, graph)
     _check_rules(sharding, graph)
     _check_ties(sharding, graph)
-    if sharding.axis("shard") is not None:
+    _check_pipeline(sharding, graph)
+    _check_experts(sharding, graph)
+    _check_tensor_options(sharding)
+    if sharding.shards:
         _check_fsdp(sharding, graph)
+
+
+def _check_pipeline(sharding: Sharding, graph: ParamGraph) -> None:
+    axis = sharding.axis("pipeline")
+    if (axis is None) != (sharding.pipeline is None):
+        raise DecisionError(f"{sharding.describe()} and pipeline={sharding.pipeline} do not belong together; shard once more")
+    if axis is not None and sharding.pipeline is not None:
+        check_pipeline(sharding.pipeline, axis.size, graph)
+
+
+def _check_experts(sharding: Sharding, graph: ParamGraph) -> None:
+    axis = sharding.axis("expert")
+    if axis is None:
+        if sharding.experts:
+            raise DecisionError(f'experts={list(sharding.experts)} are for the axis "ep", which {sharding.describe()} has not')
+        return
+    if not sharding.experts:
+        raise DecisionError(f'{axis.name}={axis.size} divides experts, and none are named: experts=["layers.*.mlp.experts"]')
+    check_experts(sharding.experts, axis.size, graph)
+    experts = experts_of(sharding.experts, graph)
+    both = next((name for name in sharding.cuts(graph) if name in experts), None)
+    if both is not None and sharding.engine == "torch":
+        raise DecisionError(
+            f"{both} is an expert's, which {axis.name}={axis.size} divides with the ranks of the tensor axis; leave out its rule"
+        )
+
+
+def _check_tensor_options(sharding: Sharding) -> None:
+    given = [name for name in ("sequence_parallel", "loss_parallel") if getattr(sharding, name)]
+    if given and sharding.axis("tensor") is None:
+        raise DecisionError(f'{given[0]}=True goes with tensor parallelism, and {sharding.describe()} has no such axis; add "tp"')
 
 
 def _check_module(graph: ParamGraph) -> None:
@@ -62,7 +114,7 @@ def _check_module(graph: ParamGraph) -> None:
 
 
 def _check_units(sharding: Sharding, graph: ParamGraph) -> None:
-    if sharding.units and sharding.axis("shard") is None:
+    if sharding.units and not sharding.shards:
         raise DecisionError(f"units={list(sharding.units)} are for FSDP, and {sharding.describe()} has no axis to shard along")
     names = {module.name: module.type for module in graph.modules}
     holding = parameters_by_module(graph)
@@ -108,7 +160,7 @@ def _cut_text(cut: Any) -> str:
 
 
 def _check_fsdp(sharding: Sharding, graph: ParamGraph) -> None:
-    size, reshard = sharding.size("shard"), sharding.reshard
+    size, reshard = sharding.shard_ranks, sharding.reshard
     if not isinstance(reshard, bool) and (reshard < 1 or size % reshard):
         raise DecisionError(
             f"reshard={reshard} ranks cannot hold a unit between them: {size} ranks do not divide into such groups"

@@ -5,6 +5,7 @@ The steps are taken on sizes alone, in the order of `nn.Module._apply`, and ever
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ import torch
 
 from ..tracer.draws import draw_of, is_counted_fill
 from ..tracer.graph import Op, ParamGraph, Storage, TensorNode, View
+from .changes import HOST, Change
 from .decisions import Cast, Move, castable
-from .rank_memory import HOST, Change
 
 WAITING_BYTES = 2**20
 """A storage of at least this many bytes that a step converts stays empty until the conversion reads it."""
@@ -64,6 +65,8 @@ class Walk:
         self.changes: list[Change] = []
         self._blocks = _blocks(graph)
         self._places = _places(graph, self._blocks)
+        self._graph = graph
+        self._devices = {storage.index: storage.device for storage in graph.storages}
         self._started = False
 
     def take(self, step: Cast | Move) -> None:
@@ -95,9 +98,12 @@ class Walk:
         self._started = True
         for block in converted:
             block.waiting = block.may_wait
-        for block in self._blocks.values():
-            if not block.waiting:
-                self._allocate(block)
+        here = {index for index, block in self._blocks.items() if not block.waiting}
+        for index, nbytes in _constructed(self._graph, here):
+            if index in self._blocks:
+                self._allocate(self._blocks[index])
+            else:
+                self.changes.append(Change(memory_device(self._devices[index]), _dropped_label(index), nbytes))
 
     def _convert(self, place: _Place, device: str, dtype: torch.dtype) -> None:
         source = place.block
@@ -132,6 +138,54 @@ def _blocks(graph: ParamGraph) -> dict[int, _Block]:
         for storage in graph.held_storages
         if storage.device != "meta"
     }
+
+
+def _dropped_label(index: int) -> str:
+    return f"storage {index}, which the constructor drops"
+
+
+def _constructed(graph: ParamGraph, here: set[int]) -> Iterator[tuple[int, int]]:
+    """What the constructor allocates, and releases as a negative number, in its order, as (storage, bytes).
+
+    `here` are the storages that stay and are not put off. One that is dropped counts where values depend on it, such as what
+    `orthogonal_` decomposes: until the next value that stays is written, as a function's variables live until it returns.
+    """
+    storages = {storage.index: storage for storage in graph.storages}
+    ends = _ends_of_dropped(graph, storages)
+    waiting, living, gone = set(here), set[int](), _by_end(ends)
+    for op in graph.ops if ends else ():
+        for view in (*op.reads, *op.targets):
+            if view.storage in waiting:
+                waiting.remove(view.storage)
+                yield view.storage, storages[view.storage].nbytes
+            elif view.storage in ends and view.storage not in living:
+                living.add(view.storage)
+                yield view.storage, storages[view.storage].nbytes
+        yield from ((index, -storages[index].nbytes) for index in gone.get(op.index, ()) if index in living)
+    yield from ((index, storages[index].nbytes) for index in sorted(waiting))
+
+
+def _by_end(ends: Mapping[int, int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for index, end in ends.items():
+        found.setdefault(end, []).append(index)
+    return found
+
+
+def _ends_of_dropped(graph: ParamGraph, storages: Mapping[int, Storage]) -> dict[int, int]:
+    """The op after which each dropped storage, that values depend on, is gone."""
+    held = {storage.index for storage in graph.held_storages}
+    last: dict[int, int] = {}
+    for op in graph.ops:
+        for view in (*op.reads, *op.targets) if op.live and not op.unread else ():
+            if view.storage not in held and storages[view.storage].constant is None and storages[view.storage].device != "meta":
+                last[view.storage] = op.index
+    written = [op.index for op in graph.ops if any(view.storage in held for view in op.targets)]
+    ends = {}
+    for index, position in last.items():
+        after = bisect_left(written, position)
+        ends[index] = written[after] if after < len(written) else graph.ops[-1].index
+    return ends
 
 
 def _may_wait(storage: Storage) -> bool:

@@ -1,34 +1,25 @@
-"""How many bytes each phase takes on each device, in closed form, before anything is built.
-
-A phase is a list of `Change`s: allocations and releases in the order in which they happen. Its peak on a device is the highest
-running sum, and the tensors that make the peak are those resident at that moment. All sizes are bytes of tensor storage.
-"""
+"""The noun of what a plan takes: `Memory`, the peak bytes of every phase on each device, and what makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..tracer.errors import GroundplanError
-from ..tracer.graph import ParamGraph
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
+from .allocator_events import Usage
+from .calibration import Calibration
+from .changes import Change
 from .cluster import Cluster, cluster_of
-from .construct import Walk, memory_device
-from .decisions import Decisions, final_device, final_dtype
-from .quantizing import Quantizing
-from .rank_memory import HOST, LOAD_NOTE, Change, rank_timelines, staged
+from .replayed_run import Allocator, ReplayedRun
+from .series import Series, series_of_changes, series_of_run
 from .verdict import MARGIN, Verdict, verdict
-from .workload import Training
-
-_SHOWN_TENSORS = 10
 
 
 class RankError(GroundplanError, IndexError):
     """A rank that the plan does not have."""
-
-
-# -- what is returned ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +47,23 @@ class Memory:
     * `optimizer`: inside `optimizer.step()`;
     * `checkpoint`: saving.
 
-    The three in the middle are there with a `Training` workload only. Of a sharded plan with `ranks` ranks this is the memory of
-    the worst one, rank 0; `rank(i)` gives that of any. `left_out` is what takes memory in some phase and is not counted;
-    `communicators` is how many groups of ranks talk to each other.
+    The three in the middle are there with a `Training` workload only; with an `Inference` one, `first_step` reads the prompt,
+    `step` decodes the last token, and there is no optimizer. Of a sharded plan with `ranks` ranks this is the memory of the
+    worst one; `rank(i)` gives that of any. No rank takes more than one of `distinct` does: rank 0, or the first of each part
+    of a pipeline. `left_out` is what takes memory in some phase and is not counted; `communicators` is how many groups of ranks
+    talk to each other.
 
-    `tier` says where the three in the middle come from: `T0` is the closed form, without activations; `T1` is a run of the step
-    on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
-    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones.
+    `tier` says where the three in the middle come from: `T0` is the closed form, with activations where they could be traced (see
+    `left_out`); `T1` is a run of the step on fake tensors, with all that it allocates. Then `run` has every allocation, and
+    `closed_form` is what T0 says. In T1, `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well
+    as later ones. `T2` is T1 with what the CUDA caching allocator's rules, set as `allocator` says, make of the run: `reserved`
+    has the peaks by phase and CUDA device, as `torch.cuda.memory_stats` counts them. It is empty in the tiers below, unless they
+    were asked for it.
+
+    Of inference every tier is a run on fake tensors, with `reserved`. `certain` is how many bytes of a device need no margin in a
+    verdict, as nothing about them is a guess: the weights, where what is reserved for them is known.
+
+    `changes` are T0's allocations and releases in order; `series` is either tier over time, as the drawings show it.
     """
 
     by_device: Mapping[str, Mapping[str, int]]
@@ -75,6 +76,12 @@ class Memory:
     tier: str = "T0"
     closed_form: Memory | None = field(default=None, repr=False)
     run: Timeline | None = field(default=None, repr=False)
+    certain: Mapping[str, int] = field(default_factory=dict)
+    reserved: Mapping[str, Mapping[str, Usage]] = field(default_factory=dict)
+    allocator: Allocator | None = None
+    replayed: ReplayedRun | None = field(default=None, repr=False, compare=False)
+    changes: Mapping[str, Sequence[Change]] = field(default_factory=dict, repr=False, compare=False)
+    distinct: tuple[int, ...] = (0,)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -91,19 +98,64 @@ class Memory:
         check_rank(index, self.ranks)
         return self if self.of_rank is None else self.of_rank(index)
 
-    def fits(self, cluster: Cluster | str, margin: float | None = None) -> Verdict:
+    @property
+    def devices(self) -> list[str]:
+        """The devices that anything is held on, by name."""
+        return sorted({device for found in self.by_device.values() for device in found})
+
+    def at_peak(self) -> list[Allocation]:
+        """What is there at the peak, the largest first; nothing where the peak is in no phase of a run."""
+        if self.run is None or self.binding.phase not in self.run.peaks:
+            return []
+        return self.run.at_peak(run_phase(self), self.binding.device)
+
+    def series(self, device: str | None = None) -> Series | None:
+        """What is held on a device over time, by kind, at the moments that a drawing needs; of the binding device if None.
+
+        In tiers T1 and T2 these are the moments of the run, with reserved bytes in T2; in T0 every phase for itself, and all
+        bytes of one kind. None where there is nothing.
+        """
+        device = self.binding.device if device is None else device
+        if self.run is not None:
+            held = self.replayed.reserved.get(device) if self.replayed is not None else None
+            return series_of_run(self.run, device, held) if self.run.moments else None
+        return series_of_changes(self.changes, device) if any(self.changes.values()) else None
+
+    def fits(
+        self,
+        cluster: Cluster | str,
+        margin: float | None = None,
+        *,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
+    ) -> Verdict:
         """Whether this fits a cluster, a `gp.Cluster` or a string such as `"8xH100-80GB"`: "fits", "tight" or "does not fit".
 
         Besides the tensors there are the CUDA context, workspaces and communicators, which the verdict names, and `margin`, a
         share of all that (0.2 if None). "fits" leaves the margin free; "tight" has room for what is needed, but not for the
-        margin, or the prediction leaves something out. As a condition, the verdict is true for "fits" only. Raises
-        `DecisionError` where the cluster cannot be, or has fewer devices than the plan uses.
+        margin, or the prediction leaves something out. As a condition, the verdict is true for "fits" only. Of a run on CUDA
+        devices counts what is reserved, at torch's defaults if it was not asked for otherwise.
+
+        With a `calibration`, or the path of one (`verification.save_calibration(path)`), what was measured takes the place of the
+        named constants, and its error bar that of the margin, which stays for what was not measured.
+
+        Raises `DecisionError` where the cluster cannot be, or has fewer devices than the plan uses; `CalibrationError` for a
+        calibration of another kind of device or version of torch.
 
         >>> memory = Memory({"load": {"cuda:0": 16 * 10**9}}, Binding("load", "cuda:0", 16 * 10**9, ()), ())
         >>> memory.fits("24GB").verdict, memory.fits("20GB").verdict, memory.fits("16GB").verdict
         ('fits', 'tight', 'does not fit')
         """
-        return verdict(self, cluster_of(cluster), MARGIN if margin is None else margin)
+        known = calibration if calibration is None or isinstance(calibration, Calibration) else Calibration.load(calibration)
+        machine = cluster_of(cluster)
+        return verdict(self._with_reserved(machine), machine, MARGIN if margin is None else margin, known)
+
+    def _with_reserved(self, cluster: Cluster) -> Memory:
+        """The same with what CUDA's caching allocator makes of a run at torch's defaults, where there is a run."""
+        if self.run is None or self.allocator is not None or not any(each.startswith("cuda") for each in self.devices):
+            return self
+        from .reserved import with_reserved
+
+        return with_reserved(self, Allocator.of(None, cluster))
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data; all sizes in bytes."""
@@ -121,20 +173,37 @@ class Memory:
             },
             "left_out": list(self.left_out),
             "notes": list(self.notes),
+            "timeline": [found.to_json() for device in self.devices if (found := self.series(device)) is not None],
         }
+        if self.allocator is not None:
+            found["allocator"] = self.allocator.to_json()
+            found["reserved"] = {
+                phase: {device: usage._asdict() for device, usage in devices.items()} for phase, devices in self.reserved.items()
+            }
         if self.closed_form is not None:
             found["closed_form"] = self.closed_form.to_json()
-        if self.run is not None and binding.phase in self.run.peaks:
-            found["at_peak"] = [each.to_json() for each in self.run.at_peak(_run_phase(self), binding.device)]
+        if at_peak := self.at_peak():
+            found["at_peak"] = [each.to_json() for each in at_peak]
         return found
 
+    def columns(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """What tables of it show: a title, and bytes by phase."""
+        for device in self.devices:
+            yield device, {phase: found.get(device, 0) for phase, found in self.by_device.items()}
+            usages = {phase: found[device] for phase, found in self.reserved.items() if device in found}
+            for name in ("active", "reserved") if usages else ():
+                yield f"{device}, {name}", {phase: getattr(usage, name) for phase, usage in usages.items()}
+        closed = self.closed_form
+        if closed is None:
+            return
+        for device in self.devices:
+            yield f"{device}, {closed.tier}", {phase: found.get(device, 0) for phase, found in closed.by_device.items()}
+
     def __str__(self) -> str:
-        columns = [(device, device, self) for device in sorted({each for found in self.by_device.values() for each in found})]
-        if self.closed_form is not None:
-            columns += [(f"{device}, {self.closed_form.tier}", device, self.closed_form) for _, device, _ in columns]
-        rows = [["phase", *(title for title, _, _ in columns)]]
+        columns = list(self.columns())
+        rows = [["phase", *(title for title, _ in columns)]]
         for phase in self.by_device:
-            rows.append([phase, *(human_bytes(of.by_device[phase].get(device, 0)) for _, device, of in columns)])
+            rows.append([phase, *(human_bytes(found.get(phase, 0)) for _, found in columns)])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = [_aligned(row, widths) for row in rows]
         binding = self.binding
@@ -166,225 +235,8 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
 
 
-# -- the verb -----------------------------------------------------------------------------------------------------------
-
-
-def memory(graph: ParamGraph, decisions: Decisions, workload: Training | None = None) -> Memory:
-    """The bytes of each phase for building `graph` by `decisions` and, with a `workload`, for training it.
-
-    Devices are named as PyTorch reports them, so `cuda` without an index counts as `cuda:0`. Weights count each storage once.
-    Raises `DecisionError` where a cast gives one tied tensor two dtypes.
-    """
-    if _is_of_a_rank(decisions):
-        return _of_rank(graph, decisions, workload, 0)
-    timelines = timelines_of(graph, decisions, workload)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    left_out = () if workload is None else ("activations",)
-    return Memory(by_device, _binding(by_device, timelines), tuple(_notes(decisions, workload)), left_out=left_out)
-
-
-def timelines_of(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int = 0) -> dict[str, list[Change]]:
-    """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
-    if _is_of_a_rank(decisions):
-        return rank_timelines(graph, decisions, workload, rank)
-    walk = Walk(graph)
-    for step in decisions.steps:
-        walk.take(step)
-    walk.finish()
-    return _timelines(graph, decisions, workload, walk)
-
-
-def _is_of_a_rank(decisions: Decisions) -> bool:
-    return decisions.sharding is not None or decisions.placing is not None or bool(decisions.quantizing)
-
-
-def _of_rank(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> Memory:
-    """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
-    timelines = rank_timelines(graph, decisions, workload, rank)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
-    return Memory(
-        by_device,
-        _binding(by_device, timelines),
-        tuple(_rank_notes(decisions, workload)),
-        1 if decisions.sharding is None else decisions.sharding.ranks,
-        lambda index: _of_rank(graph, decisions, workload, index),
-        () if workload is None else ("activations", "gathered units", "communication buffers"),
-        _communicators(decisions),
-    )
-
-
-def _communicators(decisions: Decisions) -> int:
-    """One for each axis along which there are several ranks, and one for all ranks together where that is another group."""
-    axes = [] if decisions.sharding is None else [axis for axis in decisions.sharding.axes if axis.size > 1]
-    return len(axes) + (len(axes) > 1)
-
-
-def _timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk) -> dict[str, list[Change]]:
-    weights = walk.resident()
-    found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
-    state: list[Change] = []
-    if workload is not None:
-        gradients = list(_gradients(graph, decisions))
-        state = _optimizer_state(gradients, workload)
-        found["first_step"] = [*weights, *gradients]
-        found["step"] = [*weights, *state, *gradients]
-        found["optimizer"] = [*found["step"], *_temporaries(gradients, workload)]
-    saved = [*weights, *state]
-    found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
-    return found
-
-
-def _largest(changes: Iterable[Change], device: str) -> list[Change]:
-    """A copy on `device` of the largest one."""
-    largest = max(changes, key=lambda change: change.nbytes, default=None)
-    return [] if largest is None else [largest._replace(device=device)]
-
-
-def _gradients(graph: ParamGraph, decisions: Decisions) -> Iterator[Change]:
-    storages = {storage.index: storage for storage in graph.storages}
-    for tensor in graph.parameters:
-        device = memory_device(final_device(tensor, storages[tensor.view.storage], decisions))
-        if tensor.requires_grad and device != "meta":
-            yield Change(device, tensor.name, tensor.numel * final_dtype(tensor, decisions).itemsize)
-
-
-def _optimizer_state(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    copies = [each._replace(nbytes=each.nbytes * workload.state_copies) for each in gradients]
-    return copies + [Change(HOST, each.tensor, workload.step_bytes) for each in gradients if workload.step_bytes]
-
-
-def _temporaries(gradients: Sequence[Change], workload: Training) -> list[Change]:
-    parameters = [(each.device, each.nbytes) for each in gradients]
-    return [gradients[position]._replace(nbytes=nbytes) for position, nbytes in workload.temporaries(parameters)]
-
-
-# -- tier T1 ------------------------------------------------------------------------------------------------------------
-
-
-def memory_of_run(graph: ParamGraph, decisions: Decisions, workload: Training, run: Timeline) -> Memory:
-    """The memory of training, with the phases of a step from a run of it, the others in closed form.
-
-    Raises what `memory` raises.
-    """
-    weights, closed = memory(graph, decisions), memory(graph, decisions, workload)
-    by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
-    by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
-    places = [(phase, device) for phase, devices in by_device.items() for device in devices]
-    phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    found = Memory(by_device, Binding(phase, device, by_device[phase][device], ()), tuple(_run_notes(device, workload)))
-    tensors = weights.binding.tensors
-    if phase in run.peaks:
-        tensors = _largest_of(run.at_peak(_run_phase(found, run), device))
-    left_out = ("what CUDA's own kernels keep and need",) if any(map(_is_cuda, by_device["step"])) else ()
-    binding = replace(found.binding, tensors=tensors)
-    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out)
-
-
-def _is_cuda(device: str) -> bool:
-    return device.startswith("cuda")
-
-
-def _largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
-    held: dict[str, int] = {}
-    for each in allocations:
-        held[each.describe()] = held.get(each.describe(), 0) + each.nbytes
-    return tuple(sorted(held.items(), key=lambda pair: (-pair[1], pair[0]))[:_SHOWN_TENSORS])
-
-
-def _worse(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {device: max(one.get(device, 0), other.get(device, 0)) for device in {**one, **other}}
-
-
-def _run_phase(memory: Memory, run: Timeline | None = None) -> str:
+def run_phase(memory: Memory, run: Timeline | None = None) -> str:
     """The phase of the run that makes the peak: of the two in the optimizer the one that takes more."""
     run, binding = run or memory.run, memory.binding
-    first = run is not None and run.peaks[FIRST_OPTIMIZER].get(binding.device, 0) == binding.bytes
+    first = run is not None and run.peaks.get(FIRST_OPTIMIZER, {}).get(binding.device, 0) == binding.bytes
     return FIRST_OPTIMIZER if binding.phase == OPTIMIZER and first else binding.phase
-
-
-# -- peaks --------------------------------------------------------------------------------------------------------------
-
-
-def _peaks(changes: Iterable[Change]) -> dict[str, int]:
-    now: dict[str, int] = {}
-    peaks: dict[str, int] = {}
-    for device, _, nbytes in changes:
-        now[device] = now.get(device, 0) + nbytes
-        peaks[device] = max(peaks.get(device, 0), now[device])
-    return peaks
-
-
-def _binding(by_device: Mapping[str, Mapping[str, int]], timelines: Mapping[str, Sequence[Change]]) -> Binding:
-    places = [(phase, device) for phase, devices in by_device.items() for device in devices]
-    phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    peak = by_device[phase][device]
-    return Binding(phase, device, peak, _tensors_at_peak(timelines[phase], device, peak))
-
-
-def _tensors_at_peak(changes: Iterable[Change], device: str, peak: int) -> tuple[tuple[str, int], ...]:
-    held: dict[str, int] = {}
-    now = 0
-    for change in changes:
-        if now == peak:
-            break
-        if change.device == device:
-            now += change.nbytes
-            held[change.tensor] = held.get(change.tensor, 0) + change.nbytes
-    ranked = sorted(((name, nbytes) for name, nbytes in held.items() if nbytes), key=lambda pair: (-pair[1], pair[0]))
-    return tuple(ranked[:_SHOWN_TENSORS])
-
-
-# -- assumptions --------------------------------------------------------------------------------------------------------
-
-
-def _notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
-    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "construct leaves out what the constructor makes and drops, and temporaries inside an op, such as orthogonal_'s"
-    if decisions.steps:
-        yield "construct converts what is merely filled while it is drawn, other tensors one at a time, as nn.Module.to does"
-        yield "construct may take more where _apply is overridden (nn.LSTM)"
-    yield LOAD_NOTE
-    if workload is not None:
-        yield "training: activations and temporary workspaces are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
-        yield "training: checkpoint saves the weights and the optimizer state, after the gradients are freed"
-
-
-def _run_notes(device: str, workload: Training) -> Iterator[str]:
-    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "first_step, step and optimizer are from a run of the step on fake tensors; the other phases are in closed form"
-    if device.startswith("cuda"):
-        yield "the run chose the CPU's kernels: what CUDA's keep otherwise for the backward, and their workspaces, are left out"
-    else:
-        yield "workspaces of oneDNN are not included"
-    if workload.autocast is not None and device.startswith("cuda"):
-        yield "autocast converts what it does on the CPU"
-    if workload.loss is None:
-        yield "the loss is the output's own, or else the sum of the outputs"
-
-
-def _quantizing_notes(quantizing: Quantizing) -> Iterator[str]:
-    unknown = [size for size in quantizing.sizes if size.nbytes is None]
-    if unknown:
-        shapes = ", ".join(f"{size.dtype}{list(size.shape)}" for size in unknown[:3])
-        what = f"{quantizing.describe()} cannot be tried where the plan was made"
-        yield f"{what}: weights of {shapes}{' and others' * (len(unknown) > 3)} count as not quantized"
-    else:
-        yield "construct quantizes a layer as soon as its last tensor is made; a layer is taken to have its weight last"
-
-
-def _rank_notes(decisions: Decisions, workload: Training | None) -> Iterator[str]:
-    """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
-    sharding = decisions.sharding
-    if sharding is not None:
-        yield f"of one rank of {sharding.ranks} ({sharding.describe()}), the one that holds most"
-    yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "construct makes one part after the other; what is not made element by element is there whole meanwhile"
-    for quantizing in decisions.quantizing:
-        yield from _quantizing_notes(quantizing)
-    yield LOAD_NOTE
-    if workload is not None:
-        yield "training: activations, gathered units and communication buffers are not included yet"
-        yield f"training: gradients and {workload.optimizer} state have the parameters' dtype, as torch.optim's defaults do"
-        if sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None:
-            yield "training: DDP's buckets hold every gradient once more"

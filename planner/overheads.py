@@ -103,11 +103,25 @@ OVERHEADS: Mapping[str, Overhead] = MappingProxyType(
             ),
         ),
         "host process": Overhead(
-            low=255 * 10**6,
+            low=265 * 10**6,
             high=500 * 10**6,
             per="process, in host memory",
             cached=False,
-            source="255 MB resident after `import groundplan` (measured, torch 2.13 for the CPU), doubled",
+            source="264 MB resident after `import groundplan` and a small build (measured, torch 2.13 for the CPU), doubled",
+        ),
+        "host process, torch.distributed": Overhead(
+            low=46 * 10**6,
+            high=100 * 10**6,
+            per="process of several ranks, in host memory",
+            cached=False,
+            source="46 MB more resident with torch.distributed, DTensor and FSDP2 imported (measured, torch 2.13 for the CPU)",
+        ),
+        "host process, transformers": Overhead(
+            low=115 * 10**6,
+            high=250 * 10**6,
+            per="process that builds a transformers model, in host memory, besides torch.distributed, which it imports",
+            cached=False,
+            source="111 to 122 MB more resident with a Llama or BERT imported and traced (measured, transformers 5.24)",
         ),
         "host process with cuda": Overhead(
             low=255 * 10**6,

@@ -39,7 +39,7 @@ def save_decisions(decisions: Decisions, path: str | os.PathLike[str]) -> None:
     """
     text = json.dumps(_document(decisions), indent=2) + "\n"
     try:
-        _replace(Path(os.path.realpath(path)), text.encode("ascii"))
+        replace_file(Path(os.path.realpath(path)), text.encode("ascii"))
     except OSError as error:
         what = f"cannot write {os.fspath(path)}: {error.strerror or error}"
         raise PlanFileError(f"{what}; give a path in a folder that exists and is writable") from error
@@ -55,7 +55,8 @@ def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole, or leave what was there."""
     # The name is new, in the same folder, so that os.replace is atomic; a plain open keeps the user's umask, unlike mkstemp.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

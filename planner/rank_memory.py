@@ -10,15 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
+from .activity import inputs, trained
+from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
+from .exchanges import attention_output, ring_attention
+from .fsdp_form import Fsdp
+from .fsdp_units import fsdp_of
+from .kept import kept_with
+from .local_parts import LocalParts, coordinate_of
+from .optimizer import Trained
+from .pipeline_memory import pipeline_activity
 from .placing import DISK
+from .profile import Profile
 from .quantizing import quantized_names
-from .sharding import Axis, Cut, Sharding
+from .records import dtype_named
+from .sharding import Axis, Sharding
+from .training_memory import Stepped, hidden_names, training_phases
 from .workload import Training
 
 READ_BYTES = 2**24
@@ -26,71 +37,33 @@ READ_BYTES = 2**24
 
 LOAD_NOTE = "load reads a checkpoint straight into the tensors; on other devices than the CPU a piece at a time, through the host"
 
-HOST = "cpu"
-
-
-class Change(NamedTuple):
-    """Bytes allocated on a device (released, if negative) for the sake of a tensor."""
-
-    device: str
-    tensor: str
-    nbytes: int
-
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a rank holds of a tensor: elements, those that it is padded to, and bytes that are there only while it is made.
 
-    `quantized` are the bytes of what has been made of it, which it may have been dropped for.
+    `quantized` are the bytes of what has been made of it, which it may have been dropped for; `divided` is so of a DTensor.
     """
 
     tensor: TensorNode
     device: str
+    shape: tuple[int, ...]
     numel: int
     padded: int
     working: int
     itemsize: int
     trains: bool
     quantized: int = 0
+    divided: bool = False
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.itemsize + self.quantized
 
 
-def coordinate_of(sharding: Sharding, rank: int) -> dict[str, int]:
-    """Where a rank stands on each axis, by its role: the last axis goes fastest."""
-    found: dict[str, int] = {}
-    for axis in reversed(sharding.axes):
-        rank, found[axis.role] = divmod(rank, axis.size)
-    return found
-
-
-def local_shape(
-    shape: Sequence[int], cut: Cut | None, sharded: bool, sharding: Sharding, place: dict[str, int]
-) -> tuple[int, ...]:
-    """The shape of what the rank at `place` holds of a tensor."""
-    local = list(shape)
-    if cut is not None:
-        pieces = _chunks(local[cut.dim], cut.split)
-        size = sharding.size("tensor")
-        local[cut.dim] = sum(_chunk(piece, size, place["tensor"]) for piece in pieces)
-    if sharded and local:
-        local[0] = _chunk(local[0], sharding.size("shard"), place["shard"])
-    return tuple(local)
-
-
-def _chunk(total: int, parts: int, part: int) -> int:
-    """The size of a part, as `torch.chunk` divides."""
-    step = -(-total // parts)
-    return max(0, min(step, total - part * step))
-
-
-def _chunks(total: int, parts: int) -> list[int]:
-    return [_chunk(total, parts, part) for part in range(parts)]
-
-
-def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int) -> dict[str, list[Change]]:
+def rank_timelines(
+    graph: ParamGraph, decisions: Decisions, workload: Training | None, rank: int, profile: Profile | None = None
+) -> dict[str, list[Change]]:
     """What one rank allocates and releases in every phase."""
     held = list(_held(graph, decisions, rank))
     constructed, weights = [], []
@@ -102,25 +75,65 @@ def rank_timelines(graph: ParamGraph, decisions: Decisions, workload: Training |
     state: list[Change] = []
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
-        trained = [each for each in held if each.trains]
-        gradients = [_change(each, each.padded * each.itemsize) for each in trained]
-        buckets = gradients if _is_ddp(decisions) else []
-        state = [_change(each, each.nbytes * workload.state_copies) for each in trained]
-        state += [Change(HOST, each.tensor.name, workload.step_bytes) for each in trained if workload.step_bytes]
-        sizes = [(each.device, each.nbytes) for each in trained]
-        temporaries = [_change(trained[position], nbytes) for position, nbytes in workload.temporaries(sizes)]
-        found["first_step"] = [*padded, *buckets, *gradients]
-        found["step"] = [*padded, *buckets, *state, *gradients]
-        found["optimizer"] = [*found["step"], *temporaries]
+        stepped = _stepped(held, graph, decisions, workload)
+        buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
+        device = computing_device(graph, decisions)
+        fsdp = None if profile is None else fsdp_of(graph, decisions, held, device)
+        weights_then = [*padded, *buckets]
+        if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:
+            active = _in_pipeline(profile, decisions.sharding, rank, [each.gradient for each in stepped], device, fsdp)
+            phases, state = training_phases([*weights_then, *inputs(profile, device)], stepped, workload, active)
+        else:
+            phases, state = trained(graph, weights_then, stepped, workload, profile, device, fsdp)
+        if profile is not None and decisions.sharding is not None and decisions.sharding.size("context") > 1:
+            ring = _ring(profile, graph, decisions, workload, device)
+            phases |= {name: [ring, *phases[name], ring._replace(nbytes=-ring.nbytes)] for name in ("first_step", "step")}
+        found.update(phases)
     saved = [*weights, *state]
     found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
     return found
 
 
-def _is_ddp(decisions: Decisions) -> bool:
+def _ring(profile: Profile, graph: ParamGraph, decisions: Decisions, workload: Training, device: str) -> Change:
+    """What ring attention takes while it runs, taken to be there at the peak; with as many heads of keys as of queries."""
+    sharding = decisions.sharding
+    assert sharding is not None
+    computed = [dtype_named(sharding.compute_dtype)] if sharding.compute_dtype else []
+    dtypes = [workload.autocast] if workload.autocast else computed or [final_dtype(each, decisions) for each in graph.parameters]
+    output = attention_output(profile)
+    peaks = ring_attention(2 * output, output, max(dtype.itemsize for dtype in dtypes), sharding.size("context"))
+    return Change(device, "ring attention's keys, values and gradients", max(peaks))
+
+
+def _in_pipeline(
+    profile: Profile, sharding: Sharding, rank: int, gradients: Sequence[Change], device: str, fsdp: Fsdp | None
+) -> list[Change]:
+    assert sharding.pipeline is not None
+    place = coordinate_of(sharding, rank)["pipeline"]
+    return pipeline_activity(profile, sharding.pipeline, sharding.size("pipeline"), place, gradients, device, fsdp)
+
+
+def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, workload: Training) -> list[Stepped]:
+    """What the optimizer steps: a rank's part, without the padding that its gradient has."""
+    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
+    found = []
+    for each in (each for each in held if each.trains):
+        tensor = each.tensor
+        whole = tensor.shape if each.divided else None
+        trained = Trained(each.device, each.shape, final_dtype(tensor, decisions), tensor.name in hidden, whole)
+        found.append(Stepped(trained, _change(each, each.padded * each.itemsize)))
+    return found
+
+
+def weights_of(graph: ParamGraph, decisions: Decisions, rank: int) -> list[Change]:
+    """What one rank holds of every tensor while the module runs: what FSDP shards is padded to the first rank's size."""
+    return [_change(each, each.padded * each.itemsize + each.quantized) for each in _held(graph, decisions, rank)]
+
+
+def is_ddp(decisions: Decisions) -> bool:
     """Whether gradients are reduced in buckets, which hold every one of them once more."""
     sharding = decisions.sharding
-    return sharding is not None and sharding.axis("shard") is None and sharding.axis("replicate") is not None
+    return sharding is not None and not sharding.shards and sharding.axis("replicate") is not None
 
 
 def _change(held: Held, nbytes: int) -> Change:
@@ -143,23 +156,57 @@ def _largest(changes: Sequence[Change]) -> list[Change]:
 def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     """What a rank holds of every tensor, in the order in which they are made: whole ones first."""
     sharding = decisions.sharding or Sharding(axes=(Axis(name="dp_replicate", size=1),))
-    place, cuts = coordinate_of(sharding, rank), sharding.cuts(graph)
-    first, fsdp = dict.fromkeys(place, 0), sharding.axis("shard") is not None
-    tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
-    for tensor in sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph))):
-        cut = next((cuts[name] for name in tensor.names if name in cuts), None)
-        sharded = fsdp and tensor.kind == "parameter"
-        numel = math.prod(local_shape(tensor.shape, cut, sharded, sharding, place))
+    parts = LocalParts.of_rank(sharding, graph, rank)
+    for made in _made(graph):
+        tensor = made.tensor
+        if (shape := parts.shape(tensor)) is None:
+            continue
+        numel = math.prod(shape)
         held = Held(
             tensor,
             _device(tensor, graph, decisions),
+            shape,
             numel,
-            padded=math.prod(local_shape(tensor.shape, cut, sharded, sharding, first)) if sharded else numel,
-            working=_working(tensor, graph, decisions, numel),
+            padded=math.prod(parts.shape(tensor, first=True) or ()) if parts.is_sharded(tensor) else numel,
+            working=_working(made, decisions, numel),
             itemsize=final_dtype(tensor, decisions).itemsize,
             trains=tensor.kind == "parameter" and tensor.requires_grad,
+            divided=parts.is_divided(tensor),
         )
-        yield _quantized(held, decisions) if held.device != DISK else _on_disk(held)
+        if held.device == DISK:
+            yield _on_disk(held)
+        else:
+            yield _quantized(held, decisions) if decisions.quantizing else held
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How a tensor is made: bytes of what is there `whole` meanwhile, if it is not made element by element; else, whether it is
+    converted while it is drawn.
+    """
+
+    tensor: TensorNode
+    whole: int | None
+    converted: bool
+
+
+def _made(graph: ParamGraph) -> list[_Made]:
+    """Every storage's tensor, in the order in which they are made; worked out once, as it is the same for all decisions."""
+    known = kept_with(graph)
+    if _Made not in known:
+        tensors = {tensor.view.storage: tensor for tensor in reversed(graph.tensors) if not _is_meta(tensor, graph)}
+        order = sorted(tensors.values(), key=lambda each: (each.kind == "parameter", _finished(each, graph)))
+        known[_Made] = [_making(tensor, graph) for tensor in order]
+    found: list[_Made] = known[_Made]
+    return found
+
+
+def _making(tensor: TensorNode, graph: ParamGraph) -> _Made:
+    recipe = graph.recipe(tensor.name)
+    if all(_is_by_element(op) for op in recipe):
+        return _Made(tensor, None, _is_converted(tensor, recipe))
+    storages = {view.storage for op in recipe for view in op.targets}
+    return _Made(tensor, sum(graph.storages[storage].nbytes for storage in storages), False)
 
 
 def _on_disk(held: Held) -> Held:
@@ -187,9 +234,14 @@ def _device(tensor: TensorNode, graph: ParamGraph, decisions: Decisions) -> str:
         placed = decisions.placing.device_for(tensor) or HOST
         placed = decisions.placing.main if placed == DISK and tensor.kind != "parameter" else placed
         return "cuda:0" if placed == "cuda" else placed
-    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
     offload = decisions.sharding is not None and decisions.sharding.offload
-    device = HOST if offload else moves[-1] if moves else graph.ambient.default_device
+    return HOST if offload else computing_device(graph, decisions)
+
+
+def computing_device(graph: ParamGraph, decisions: Decisions) -> str:
+    """The device of a plan for one: where it is moved to, or where the constructor's default is."""
+    moves = [step.device for step in decisions.steps if isinstance(step, Move)]
+    device = moves[-1] if moves else graph.ambient.default_device
     return "cuda:0" if device == "cuda" else device
 
 
@@ -202,14 +254,13 @@ def _finished(tensor: TensorNode, graph: ParamGraph) -> int:
     return writers[-1].index if writers else -1
 
 
-def _working(tensor: TensorNode, graph: ParamGraph, decisions: Decisions, numel: int) -> int:
+def _working(made: _Made, decisions: Decisions, numel: int) -> int:
     """Bytes that are there only while a tensor is made: the whole of what is not made by element, a part that is converted."""
-    recipe = graph.recipe(tensor.name)
-    if not all(_is_by_element(op) for op in recipe):
-        return sum(graph.storages[storage].nbytes for storage in {view.storage for op in recipe for view in op.targets})
-    casts = [cast_dtype(tensor, cast) for cast in decisions.casts]
-    changed = any(dtype != tensor.dtype for dtype in casts)
-    return numel * tensor.dtype.itemsize if changed and not (len(casts) == 1 and _is_converted(tensor, recipe)) else 0
+    if made.whole is not None:
+        return made.whole
+    casts = [cast_dtype(made.tensor, cast) for cast in decisions.casts]
+    changed = any(dtype != made.tensor.dtype for dtype in casts)
+    return numel * made.tensor.dtype.itemsize if changed and not (len(casts) == 1 and made.converted) else 0
 
 
 def _is_converted(tensor: TensorNode, recipe: Sequence[Op]) -> bool:

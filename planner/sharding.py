@@ -3,10 +3,17 @@
 The ranks form a mesh with named axes. What an axis is for is said by its name (`ROLES`): along a *replicate* axis every rank
 holds the same, along a *shard* axis FSDP divides each parameter, along a *tensor* axis single layers are divided by a rule that
 also divides their work. FSDP gathers and frees the parameters of one *unit* (a module) at a time.
+
+Along a *pipeline* axis each rank has layers of its own (`stages`), along a *context* axis each has a part of every sequence, and
+FSDP divides parameters along it as well. An *expert* axis divides the experts of a layer between ranks that the shard, context
+and tensor axes already count: it is another view of the same ranks, and multiplies nothing. All that as torchtitan has it
+(`torchtitan/distributed/parallel_dims.py`). A plan says these three, and memory is known of them; the runtime carries out the
+first three.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, NamedTuple
@@ -18,8 +25,10 @@ from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph
 from .records import Record, dtype_name, dtype_named
 
-Role = Literal["replicate", "shard", "tensor"]
+Role = Literal["pipeline", "replicate", "shard", "context", "tensor", "expert"]
 ROLES: Mapping[str, Role] = {
+    "pp": "pipeline",
+    "pipeline": "pipeline",
     "dp_replicate": "replicate",
     "replicate": "replicate",
     "ddp": "replicate",
@@ -27,8 +36,12 @@ ROLES: Mapping[str, Role] = {
     "fsdp": "shard",
     "dp_shard": "shard",
     "shard": "shard",
+    "cp": "context",
+    "context": "context",
     "tp": "tensor",
     "tensor": "tensor",
+    "ep": "expert",
+    "expert": "expert",
 }
 """What each name of an axis means; torchtitan's, and the usual short ones."""
 
@@ -42,6 +55,10 @@ class Cut(NamedTuple):
     dim: int
     split: int = 1
 
+
+Schedule = Literal["1f1b", "gpipe", "interleaved1f1b"]
+"""The orders of forward and backward in a pipeline; torch.distributed.pipelining's `Schedule1F1B`, `ScheduleGPipe` and
+`ScheduleInterleaved1F1B`."""
 
 _Pattern = Annotated[str, StringConstraints(min_length=1)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -73,12 +90,27 @@ class TensorRule(Record):
     style: _Pattern
 
 
+class Pipeline(Record):
+    """How the layers are divided along the pipeline axis, and in which order micro-batches go through them.
+
+    `stages` are the names of each stage's modules (and parameters that are none's), as torchtitan's `module_fqns_per_model_part`
+    has them; buffers under none of the names are on every stage. Of `R` ranks the `i`-th has the stages `i`, `i + R`, ...
+    A rank's batch is divided into `microbatches`.
+    """
+
+    schedule: Schedule
+    microbatches: _Size
+    stages: Annotated[tuple[tuple[_Pattern, ...], ...], Field(min_length=1)]
+
+
 class Sharding(Record):
     """Everything that is decided about how a module is divided.
 
     `units` are patterns of the names of modules that FSDP gathers one at a time; the module as a whole is one besides. `reshard`
     is FSDP2's `reshard_after_forward`. Parameters are gathered in `compute_dtype` and gradients reduced in `reduce_dtype` (None:
     as they are); with `offload` shards stay in host memory. `engine` says whose tensor parallelism the rules are for.
+    `experts` are patterns of what the expert axis divides (`experts.py`). With `sequence_parallel`, norms and residuals between
+    the layers that the tensor axis divides are divided along the sequence; with `loss_parallel` logits are along the vocabulary.
     """
 
     axes: Annotated[tuple[Axis, ...], Field(min_length=1)]
@@ -89,6 +121,10 @@ class Sharding(Record):
     compute_dtype: str | None = None
     reduce_dtype: str | None = None
     offload: bool = False
+    pipeline: Pipeline | None = None
+    experts: tuple[_Pattern, ...] = ()
+    sequence_parallel: bool = False
+    loss_parallel: bool = False
 
     @field_validator("compute_dtype", "reduce_dtype")
     @classmethod
@@ -99,11 +135,13 @@ class Sharding(Record):
 
     @property
     def ranks(self) -> int:
-        """How many ranks the mesh has."""
-        count = 1
-        for axis in self.axes:
-            count *= axis.size
-        return count
+        """How many ranks the mesh has; those of the expert axis are counted by others."""
+        return math.prod(axis.size for axis in self.dense_axes)
+
+    @property
+    def dense_axes(self) -> tuple[Axis, ...]:
+        """The axes that multiply: all but the expert axis."""
+        return tuple(axis for axis in self.axes if axis.role != "expert")
 
     def axis(self, role: Role) -> Axis | None:
         """The axis of a role."""
@@ -114,13 +152,31 @@ class Sharding(Record):
         axis = self.axis(role)
         return 1 if axis is None else axis.size
 
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP divides the parameters: along the shard axis, the context axis, or both as one."""
+        return self.axis("shard") is not None or self.axis("context") is not None
+
+    @property
+    def shard_ranks(self) -> int:
+        """Between how many ranks FSDP divides a parameter that is no expert's."""
+        return self.size("shard") * self.size("context")
+
+    @property
+    def expert_shard_ranks(self) -> int:
+        """Between how many ranks FSDP divides what the expert axis has divided: those that hold the same experts."""
+        return self.shard_ranks * self.size("tensor") // self.size("expert")
+
     def describe(self) -> str:
-        """The mesh in words: `dp=8 x tp=2`."""
-        return " x ".join(f"{axis.name}={axis.size}" for axis in self.axes)
+        """The mesh in words: `dp=8 x tp=2`, or `dp_shard=8 x tp=2, ep=4 within`."""
+        expert = self.axis("expert")
+        dense = " x ".join(f"{axis.name}={axis.size}" for axis in self.dense_axes)
+        return dense if expert is None else f"{dense}, {expert.name}={expert.size} within"
 
     def unit_names(self, graph: ParamGraph) -> list[str]:
         """The modules that are units, inner ones first; the module as a whole, which is one too, is not named."""
-        names = [module.name for module in graph.modules if any(matches(pattern, module.name) for pattern in self.units)]
+        named = [module.name for module in graph.modules if module.name]
+        names = [name for name in named if any(matches(pattern, name) for pattern in self.units)]
         return sorted(names, key=lambda name: -name.count("."))
 
     def cuts(self, graph: ParamGraph) -> dict[str, Cut]:
@@ -160,9 +216,17 @@ def sharding(
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     offload: bool = False,
+    schedule: Schedule | None = None,
+    microbatches: int | None = None,
+    stages: int | Sequence[int] | Sequence[Sequence[str]] | None = None,
+    experts: Sequence[str] | None = None,
+    sequence_parallel: bool = False,
+    loss_parallel: bool = False,
 ) -> Sharding:
     """The record of what the user asks for; raises `DecisionError` where it cannot be, or does not fit `graph`."""
     from .check_sharding import check_axes, check_sharding
+    from .experts import found_experts
+    from .stages import pipeline_of
 
     check_axes(axes)
     for dtype in filter(None, (compute_dtype, reduce_dtype)):
@@ -171,7 +235,11 @@ def sharding(
                 f"gradients and parameters are of floating point, which {dtype!r} is not; give torch.bfloat16, say"
             )
     found = tuple(Axis(name=name, size=size) for name, size in axes.items())
-    shards = any(axis.role == "shard" for axis in found)
+    shards = any(axis.role in ("shard", "context") for axis in found)
+    ranks = next((axis.size for axis in found if axis.role == "pipeline"), None)
+    wanted_experts = tuple(experts or ())
+    if experts is None and any(axis.role == "expert" for axis in found):
+        wanted_experts = found_experts(graph)
     wanted = ([units] if isinstance(units, str) else list(units)) if shards or units != LAYERS else []
     if wanted == [LAYERS]:
         wanted = repeated_layers(graph)
@@ -184,6 +252,10 @@ def sharding(
         compute_dtype=None if compute_dtype is None else dtype_name(compute_dtype),
         reduce_dtype=None if reduce_dtype is None else dtype_name(reduce_dtype),
         offload=offload,
+        pipeline=pipeline_of(graph, ranks, schedule, microbatches, stages),
+        experts=wanted_experts,
+        sequence_parallel=sequence_parallel,
+        loss_parallel=loss_parallel,
     )
     check_sharding(made, graph)
     return made

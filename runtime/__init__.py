@@ -1,6 +1,6 @@
 """The third stage: done. Builds what the plan says, with the values that the eager constructor gives, and decides nothing.
 
-* `materialize`: the verb, a second and real run of the constructor, guided by the tape;
+* `materialize`: the verb, a second and real run of the constructor (`build`), guided by the tape;
 * `guided`: the dispatch mode of that run: dead fills are left out, the others may wait (`waiting`);
 * `steps`: the plan's casts and moves, done by calling `module.to`;
 * `state`: some tensors only, or parts of them, from their recipes (`parts`, `windows`, `indexing`);
@@ -22,8 +22,22 @@ second, so it is imported when it is called:
 
 A training step without memory: `fake_step` is that verb, run when `plan.memory(..., tier="T1")` is asked for:
 
-* `fake_tensors`: a module of fake tensors; `example_inputs`: what it is given; `training_step`: the step, on any tensors;
-* `allocations`: what ops allocate and when it goes; `scratch`: the table of what kernels take besides.
+* `fake_tensors`: a module of fake tensors; `example_inputs`: what it is given; `training_step`: the step, on any tensors
+  (`checkpointing`, `clipping`, `optimizers`: parts of it);
+* `fake_inference`: the same of serving; `inference_step`: reading a prompt and decoding after it;
+* `allocations`: what ops allocate and when it goes; `scratch`: what kernels take besides; `fake_ops`: fake ops mended;
+* `cuda_kernels`: those that CUDA would choose (`cuda_attention`, `cuda_autocast`; `cuda_scratch`: what they take besides);
+* `fake_ranks`: the same of one rank, in a `fake_world`; `fsdp_memory`, `gloo_scratch`, `ddp_buckets`: what engines take.
+
+Its closed form needs a profile of the module: `profiles` keeps what `profiling` makes of forward and backward, `followed` op by
+op, with layers that repeat run a few times only (`skipped_layers`), cut into blocks (`profile_blocks`); `microbatches`: in a
+pipeline.
+
+The same for real, held against what was predicted: `verify` is that verb, run when `plan.verify()` is asked for:
+
+* `phase_checks`: what is measured beside what is predicted, and what the difference is;
+* `recording`: spans of the run and what each took; `memory_events`, `process_peak`, `gloo_works`: where that is read;
+* `watched`: a real step looked at op by op, and which of its pieces of memory are there at a peak.
 
 A checkpoint is a source of values. `checkpoint` opens one by its form (`safetensors_form`, `torch_form`, `dcp_form`; `files`):
 

@@ -9,23 +9,30 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._guards import active_fake_mode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
 from ..planner.allocations import START, Allocation, Kind, Moment, Timeline
 from ..tracer.graph import Frame
+from .cuda_scratch import cuda_scratch_bytes
+from .fake_ops import called
 from .scratch import corrected, kept_number, scratch_bytes
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_STANDING_IN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cuda_")  # files that call ops in the module's place
 _AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
+_UNSETTLED = ("temporary", "activation", "communication buffer")  # FSDP's gradients are views of what is reduced
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +46,22 @@ class _Piece:
     kind: Kind = "temporary"
     name: str = ""
     on_host: bool = False
+    stream: str = ""
+    others: set[str] | None = None  # the names of what shares it: FSDP's gradients of one unit
+
+    def named(self) -> str:
+        return f"{self.name} and {len(self.others)} more" if self.others else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is allocated while some code runs: its kind, whose it is, and from the pool of which CUDA stream (by its stand-in)."""
+
+    kind: Kind
+    name: str = ""
+    module: str = ""
+    on_host: bool = False
+    streams: Mapping[int, str] = field(default_factory=dict)
 
 
 class Allocations(TorchDispatchMode):
@@ -47,9 +70,19 @@ class Allocations(TorchDispatchMode):
     `label` names tensors that it knows, `phase` opens a phase, and `timeline` gives all that was found.
     """
 
-    def __init__(self, on_cpu: bool = True) -> None:
+    collective_scratch: Callable[[Any, Any, Any], int] | None = None
+    """The bytes that a collective takes on the CPU beside its results; None where there is only one process."""
+
+    skips_waiting = True
+    """Whether there is nothing to wait for after a collective, as in a run on fake tensors."""
+
+    def __init__(self, on_cpu: bool = True, host_phases: Iterable[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_cpu = on_cpu  # whether the plan's device is the CPU, whose kernels' scratch is known
+        self._host_phases = frozenset(host_phases)  # those that compute in host memory, where the plan's device is another
+        self._on_host = False
+        self._counts = True
+        self._in_attention = False
         self._phase = START
         self._pieces: list[_Piece] = []
         self._moments: list[Moment] = []
@@ -57,30 +90,80 @@ class Allocations(TorchDispatchMode):
         self._places: dict[int, tuple[str, Frame | None]] = {}  # of a forward op, by its autograd node's sequence number
         self._numbers: dict[int, list[int]] = {}  # pieces that an autograd node keeps, by its sequence number
         self._in_forward = False
+        self._origins: list[Origin] = []
         self._ran = _ACCUMULATE
         self._modules: list[str] = [""]
+
+    def __enter__(self) -> Allocations:
+        self._fake_mode = active_fake_mode()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     # -- what the run tells it ------------------------------------------------------------------------------------------
 
     def phase(self, name: str) -> None:
         """From here on it is another phase."""
         self._release_numbers(None)
-        self._phase = name
+        self._phase, self._on_host = name, name in self._host_phases
 
     def label(self, tensor: torch.Tensor, kind: Kind, name: str, on_host: bool = False) -> None:
-        """Say what a tensor is; one that no op made is born now."""
-        storage = tensor.untyped_storage()
+        """Say what a tensor is; one that no op made is born now. Of a DTensor it is what this rank holds."""
+        for part in parts_of(tensor):
+            storage = part.untyped_storage()
+            index = self._living.get(storage._cdata)
+            if index is None:
+                index = self._born(storage, "", "", None)
+            piece = self._pieces[index]
+            if piece.kind in _UNSETTLED:
+                piece.kind, piece.name, piece.on_host = kind, name, on_host
+            elif piece.kind == kind and piece.name != name:
+                piece.others = (piece.others or set()) | {name}
+
+    @contextmanager
+    def within(self, origin: Origin) -> Iterator[None]:
+        """What is born in the body has this origin."""
+        self._origins.append(origin)
+        try:
+            yield
+        finally:
+            self._origins.pop()
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size than before: what it was has gone, and something else has come."""
         index = self._living.get(storage._cdata)
         if index is None:
-            index = self._born(storage, "", "", None)
-        piece = self._pieces[index]
-        if piece.kind in ("temporary", "activation"):
-            piece.kind, piece.name, piece.on_host = kind, name, on_host
+            return  # nobody's that is followed
+        self._gone(index)
+        before = self._pieces[index]
+        self._living[storage._cdata] = self._add(self._piece(storage.nbytes(), before.op, before.module, before.source))
 
     def made_outside(self, tensor: torch.Tensor, op: str) -> torch.Tensor:
-        """A tensor that came about without an op and is kept for the backward."""
-        self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))].kind = "activation"
+        """A tensor in host memory that came about without an op and is kept for the backward."""
+        piece = self._pieces[self._born(tensor.untyped_storage(), op, *self._place(None))]
+        piece.kind, piece.on_host = "activation", not self._on_cpu
         return tensor
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Ops in here are as if they were not there."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Ops in here are those of `scaled_dot_product_attention`."""
+        before, self._in_attention = self._in_attention, True
+        try:
+            yield
+        finally:
+            self._in_attention = before
+
+    def taken(self, nbytes: int, op: str) -> None:
+        """What a kernel that no dispatch mode sees takes while it runs."""
+        self._gone(self._add(self._piece(nbytes, op, *self._place(None))))
 
     def follow(self, module: nn.Module) -> list[Any]:
         """Know which submodule runs; gives the hooks' handles."""
@@ -97,7 +180,16 @@ class Allocations(TorchDispatchMode):
     def timeline(self, device: str, host: str) -> Timeline:
         """All that was found, on `device`, but what was labeled as `on_host`."""
         pieces = (
-            Allocation(each.kind, each.nbytes, host if each.on_host else device, each.name, each.module, each.op, each.source)
+            Allocation(
+                each.kind,
+                each.nbytes,
+                host if each.on_host else device,
+                each.named(),
+                each.module,
+                each.op,
+                each.source,
+                each.stream,
+            )
             for each in self._pieces
         )
         return Timeline(tuple(pieces), tuple(self._moments))
@@ -107,20 +199,39 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func.namespace in ("prim", "profiler"):
-            return func(*args, **(kwargs or {}))
+        if any(is_traceable_wrapper_subclass_type(each) for each in types):
+            return NotImplemented  # a DTensor makes of it the ops on what this rank holds, which come here again
+        if not self._counts or func.namespace in ("prim", "profiler") or active_fake_mode() is not self._fake_mode:
+            return func(*args, **(kwargs or {}))  # of another mode is what DTensor tries to learn the whole's shape
+        if func is _WAIT and self.skips_waiting:
+            return args[0]  # which the fake op makes a copy of
         node = torch._C._current_autograd_node()
         self._release_numbers(node)
         self._settle(node)
-        out = corrected(func, args, func(*args, **(kwargs or {})), self._on_cpu)
+        masked = self._adds_mask(func, args)
+        func = torch.ops.aten.add_.Tensor if masked else func
+        out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
+        out = torch.ops.aten.alias.default(out) if masked else out  # autograd expects another tensor
         place = self._place(node)
         for each in _tensors(out):
             storage = each.untyped_storage()
             if storage._cdata not in self._living:
                 self._born(storage, str(func.overloadpacket).removeprefix("aten."), *place)
-        if self._on_cpu:
+        if self._on_cpu or self._on_host:
             self._take_scratch(func, args, kwargs or {}, out, node, place)
+        else:
+            self._take(cuda_scratch_bytes(func, args, out), func, place)
         return out
+
+    def _adds_mask(self, func: Any, args: Any) -> bool:
+        """Whether attention adds its mask to the scores: it does so in place, unless a tensor is of a subclass, as fake ones are.
+
+        aten/src/ATen/native/transformers/attention.cpp `_scaled_dot_product_attention_math`.
+        """
+        if not self._in_attention or func is not torch.ops.aten.add.Tensor or not isinstance(args[0], torch.Tensor):
+            return False
+        index = self._living.get(args[0].untyped_storage()._cdata)
+        return index is not None and self._pieces[index].op == "bmm"
 
     def _settle(self, node: Any) -> None:
         """What is there when a backward begins, or goes on after a checkpoint's second forward, was kept for it.
@@ -137,20 +248,31 @@ class Allocations(TorchDispatchMode):
                     self._pieces[index].kind = "activation"
 
     def _take_scratch(self, func: Any, args: Any, kwargs: Any, out: Any, node: Any, place: tuple[str, Frame | None]) -> None:
-        op = str(func.overloadpacket).removeprefix("aten.")
+        op, beside = str(func.overloadpacket).removeprefix("aten."), self.collective_scratch
         kept = kept_number(func, args)
         if kept:
             number = _AGAIN if node is not None else torch._C._autograd._get_sequence_nr() - 1
-            self._numbers.setdefault(number, []).append(self._add(_Piece(kept, f"{op}'s number", *place, kind="activation")))
-        nbytes = scratch_bytes(func, args, out) - kept
+            self._numbers.setdefault(number, []).append(self._add(_Piece(kept, f"{op}'s number", *place, "activation")))
+        self._take(scratch_bytes(func, args, out) - kept + (0 if beside is None else beside(func, args, out)), func, place)
+
+    def _take(self, nbytes: int, func: Any, place: tuple[str, Frame | None]) -> None:
+        """Memory that a kernel takes and gives back."""
         if nbytes > 0:
-            self._gone(self._add(_Piece(nbytes, f"{op}'s scratch", *place)))
+            op = str(func.overloadpacket).removeprefix("aten.")
+            self._gone(self._add(self._piece(nbytes, f"{op}'s scratch", *place)))
 
     def _born(self, storage: torch.UntypedStorage, op: str, module: str, source: Frame | None) -> int:
-        index = self._add(_Piece(storage.nbytes(), op, module, source))
+        index = self._add(self._piece(storage.nbytes(), op, module, source))
         self._living[storage._cdata] = index
         weakref.finalize(storage, self._ended, storage._cdata).atexit = False
         return index
+
+    def _piece(self, nbytes: int, op: str, module: str, source: Frame | None) -> _Piece:
+        if not self._origins:
+            return _Piece(nbytes, op, module, source, on_host=self._on_host)
+        origin = self._origins[-1]
+        stream = origin.streams.get(id(torch.cpu.current_stream()), "")
+        return _Piece(nbytes, op, origin.module or module, source, origin.kind, origin.name, origin.on_host, stream)
 
     def _add(self, piece: _Piece) -> int:
         self._pieces.append(piece)
@@ -190,12 +312,20 @@ def _line(frame: Any) -> Frame | None:
     """The innermost line that is not torch's; None where there is none below the step itself."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OURS):
+        if file.startswith(_OURS) and not file.startswith(_STANDING_IN):
             return None
-        if not file.startswith((_TORCH, "<")):
+        if not file.startswith((_TORCH, _OURS, "<")):
             return Frame(os.path.basename(file), frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
     return None
+
+
+def parts_of(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The ordinary tensors that a tensor is made of: a DTensor's local part, a quantized one's values and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return (tensor,)
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [part for each in inner if isinstance(each, torch.Tensor) for part in parts_of(each)]
 
 
 def _tensors(out: Any) -> Iterable[torch.Tensor]:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..planner.allocations import Kind
+from .placing import wrapped
+from .regions import local_of
 
 CPU = torch.device("cpu")
 
@@ -28,9 +30,17 @@ def fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     return FakeTensor(mode, elem, CPU).requires_grad_(value.requires_grad)
 
 
+def fake_local(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    """A DTensor of meta with what this rank holds in fake memory of its own: it may be a view of the whole, or padded."""
+    local = local_of(value)
+    alone = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device="meta")
+    return wrapped(value, fake(mode, alone)).requires_grad_(value.requires_grad)
+
+
 def fake_inputs(mode: FakeTensorMode, inputs: Any) -> Any:
-    """The same with fake tensors in place of tensors."""
-    return tree_map_only(torch.Tensor, lambda value: fake(mode, value), inputs)
+    """The same with fake tensors in place of tensors, one for each: attention asks whether its keys are its queries."""
+    found = {id(value): fake(mode, value) for value in tree_leaves(inputs) if isinstance(value, torch.Tensor)}
+    return tree_map_only(torch.Tensor, lambda value: found[id(value)], inputs)
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -39,7 +49,8 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
     def changed(value: torch.Tensor) -> torch.Tensor:
         if id(value) not in known:  # the original is kept beside, so that its id is not given to another
-            known[id(value)] = (value, _parameter_like(value, fake(mode, value)))
+            is_dtensor = local_of(value) is not value
+            known[id(value)] = (value, fake_local(mode, value) if is_dtensor else _parameter_like(value, fake(mode, value)))
         return known[id(value)][1]
 
     for each in module.modules():

@@ -37,7 +37,7 @@ from .loading import Loading, Read, all_members, members_of, opened, read_all
 from .materialize import restored_on_failure
 from .meta import Blueprint, check_not_quantized, meta_likeness, meta_module
 from .options import Load, Options
-from .parallel import apply_sharding, check_mesh, group_of, mesh_of
+from .parallel import apply_sharding, check_mesh, check_runs, group_of, mesh_of
 from .parts import PartialReplay, Wanted
 from .placing import place, renew_weak_references, wrapped
 from .ranks import Ranks, together
@@ -127,6 +127,7 @@ def materialize_sharded(
     """The module that the plan says, divided on its mesh, this rank's part filled; every rank of the mesh makes the same call."""
     sharding = decisions.sharding
     assert sharding is not None
+    check_runs(sharding)
     check_decisions(decisions, build.graph)
     check_devices(build.graph, decisions)
     moves = [step.device for step in decisions.steps if isinstance(step, Move)]

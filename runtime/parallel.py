@@ -23,6 +23,27 @@ from ..tracer.errors import MaterializeError
 from ..tracer.graph import ParamGraph
 
 
+def check_runs(sharding: Sharding) -> None:
+    """Raise `MaterializeError` where a plan says what it can reckon with, and this runtime does not carry out."""
+    given = not_run(sharding)
+    if given:
+        raise MaterializeError(
+            f"the plan has {' and '.join(given)}, which {'is' if len(given) == 1 else 'are'} not executable yet: plan.memory and "
+            "plan.report work; to build, shard plan.meta_module() with your own code and call gp.materialize(module), or shard "
+            "without"
+        )
+
+
+def not_run(sharding: Sharding) -> list[str]:
+    """What of a sharding the runtime does not carry out, in words."""
+    axes = [axis for axis in sharding.axes if axis.role in _NOT_RUN]
+    given = [f"{axis.name}={axis.size} (to {_NOT_RUN[axis.role]})" for axis in axes]
+    return given + [f"{name}=True" for name in ("sequence_parallel", "loss_parallel") if getattr(sharding, name)]
+
+
+_NOT_RUN = {"pipeline": "divide layers into stages", "context": "divide sequences", "expert": "divide experts"}
+
+
 def check_mesh(sharding: Sharding, mesh: DeviceMesh | None) -> None:
     """Raise `MaterializeError` where the user's mesh, or the process group, is not one that the plan is for."""
     if mesh is not None:
@@ -58,6 +79,7 @@ def group_of(mesh: DeviceMesh) -> Any:
 
 def apply_sharding(module: nn.Module, sharding: Sharding, graph: ParamGraph, mesh: DeviceMesh) -> nn.Module:
     """Divide a meta module as `sharding` says; returns the module."""
+    check_runs(sharding)
     tensor, shard, copies = (sharding.axis(role) for role in ("tensor", "shard", "replicate"))
     if tensor is not None:
         _divide_layers(module, sharding, graph, mesh[tensor.name])

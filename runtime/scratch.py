@@ -127,6 +127,23 @@ def _mean(args: Any, out: Any) -> int:
     return 8 + int(out.dtype.itemsize)
 
 
+_BLOCK, _BYTE_BLOCK = 60, 120
+
+
+def _transposed_copy(source: torch.Tensor, target: torch.Tensor) -> int:
+    """A block that a matrix is transposed by: aten/src/ATen/native/Copy.cpp `copy_same_type_transpose_`."""
+    same = source.dtype == target.dtype and source.shape == target.shape and source.dim() == 2
+    if not same or source.numel() < _BLOCK**2 or source.stride() != (1, source.shape[0]) or not target.is_contiguous():
+        return 0
+    side = _BYTE_BLOCK if source.dtype.itemsize == 1 else _BLOCK
+    return side * side * source.dtype.itemsize
+
+
+def _addmm(args: Any, out: Any) -> int:
+    """The summand is copied into the result first: LinearAlgebra.cpp `addmm_impl_cpu_`."""
+    return max(_gemm(args, out), _transposed_copy(args[0], out))
+
+
 def _gemm(args: Any, out: Any) -> int:
     """Copies of operands that are laid out neither by rows nor by columns: LinearAlgebra.cpp `addmm_impl_cpu_`."""
     return sum(_bytes(each) for each in args[-2:] if not _is_gemm_layout(each))
@@ -143,9 +160,11 @@ def _made_contiguous(*positions: int) -> Entry:
 
 
 def _common_dtype(args: Any, out: Any) -> int:
-    """Copies of operands that have another dtype than the result: aten/src/ATen/TensorIterator.cpp `compute_types`."""
-    operands = [each for each in args if isinstance(each, torch.Tensor)]
-    return sum(each.numel() * int(out.dtype.itemsize) for each in operands if each.dtype != out.dtype)
+    """Copies of operands that have another dtype than the common one: aten/src/ATen/TensorIterator.cpp `compute_types`."""
+    operands = [each for each in args[:2] if isinstance(each, torch.Tensor)]
+    common = torch.result_type(*operands) if len(operands) == 2 else out.dtype
+    converted = [each for each in (*operands, out) if each.dtype != common]
+    return sum(each.numel() * int(common.itemsize) for each in converted)
 
 
 def _roll(args: Any, out: Any) -> int:
@@ -191,6 +210,19 @@ def _flash_attention_backward(args: Any, out: Any) -> int:
     reduced = 2 * rows * columns * 2 if args[1].dtype in _HALVES else 0
     copied = 0 if args[0].transpose(1, 2).is_contiguous() else _bytes(args[0])
     return torch.get_num_threads() * ((2 * rows * columns + rows) * _accumulated(args[1]) + reduced) + copied
+
+
+def _whole_attention(args: Any, out: Any) -> int:
+    """Queries, keys and values as they are projected and transposed, and whole scores, twice where there is a mask.
+
+    aten/src/ATen/native/transformers/attention.cpp `native_multi_head_attention_cpu`, which layers of torch.nn take in inference.
+    """
+    states, weights = _bytes(args[0]), 0 if out[1] is None else _bytes(out[1])
+    scores = args[0].shape[0] * args[4] * args[0].shape[1] ** 2 * int(args[0].dtype.itemsize)
+    needed = max(6 * states, 3 * states + scores * (2 if len(args) > 9 and args[9] is not None else 1))
+    if weights:
+        needed = max(needed, 5 * states + scores, 4 * states + scores + weights)
+    return int(needed - states - weights)
 
 
 def _flash_block(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
@@ -262,6 +294,7 @@ TABLE: Mapping[Any, Entry] = {
     aten.sub.Tensor: _common_dtype,
     aten.mul.Tensor: _common_dtype,
     aten.div.Tensor: _common_dtype,
+    aten.add_.Tensor: _common_dtype,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
     aten.roll.default: _roll,
@@ -270,10 +303,13 @@ TABLE: Mapping[Any, Entry] = {
     aten.mean.dim: _mean,
     aten.mean.default: _mean,
     aten.mm.default: _gemm,
-    aten.addmm.default: _gemm,
+    aten.addmm.default: _addmm,
+    aten.clone.default: lambda args, out: _transposed_copy(args[0], out),
+    aten.copy_.default: lambda args, out: _transposed_copy(args[1], args[0]),
     aten.cumsum.default: _cumsum,
     aten.embedding.default: _made_contiguous(1),
     aten.embedding_dense_backward.default: _made_contiguous(0),
+    aten._native_multi_head_attention.default: _whole_attention,
     aten._safe_softmax.default: _safe_softmax,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_attention,

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 import groundplan as gp
-from groundplan.planner.allocations import START
+from groundplan.planner.allocations import START, Timeline
 from groundplan.runtime.example_inputs import example_inputs
+from groundplan.runtime.memory_events import memory_events as events_of
+from groundplan.runtime.memory_events import memory_profile
+from groundplan.runtime.meta import forget
 from groundplan.runtime.training_step import run_training
 
 _MARK = 2**30  # bytes; memory of such sizes, which nobody touches, stands between the phases
@@ -45,8 +48,11 @@ def plain_kernels() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def measured_peaks(plan: gp.Plan, training: gp.Training) -> dict[str, int]:
-    """The bytes of each phase of a real run of `training`: the running sum of the profiler's memory events."""
+def measured_peaks(plan: gp.Plan, training: gp.Training, **options: Any) -> dict[str, int]:
+    """The bytes of each phase of a real run of `training`: the running sum of the profiler's memory events.
+
+    `options` are for `materialize`.
+    """
     phases = [START]
     gc.collect()  # of earlier runs, which would go during this one
 
@@ -54,18 +60,18 @@ def measured_peaks(plan: gp.Plan, training: gp.Training) -> dict[str, int]:
         phases.append(name)
         torch.empty(_MARK + len(phases) - 1, dtype=torch.uint8)
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        module = plan.materialize(seed=0, progress=False)
+    with memory_profile() as profiler:
+        module = plan.materialize(seed=0, progress=False, **options)
+        forget(module)  # where it remembers the plan, it keeps states of generators
         inputs = example_inputs(module, training)
         gc.collect()
         run_training(module, inputs, replace(training, implementation=training.implementation or "for-loop"), phase)
     return _peaks(memory_events(profiler), phases)
 
 
-def memory_events(profiler: Any) -> list[int]:
+def memory_events(profiler: profile) -> list[int]:
     """The bytes that came, or went as a negative number, in order."""
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    return [each.nbytes() for each in sorted(events, key=lambda each: int(each.start_ns()))]
+    return [each.nbytes for each in events_of(profiler)]
 
 
 def _peaks(events: list[int], phases: list[str]) -> dict[str, int]:
@@ -79,6 +85,12 @@ def _peaks(events: list[int], phases: list[str]) -> dict[str, int]:
             now += nbytes
             peaks[current] = now if current == START else max(peaks[current], now)
     return peaks
+
+
+def table_share(run: Timeline, phase: str) -> float:
+    """The share of the bytes at a phase's peak that comes from the table of corrections (groundplan/runtime/scratch.py)."""
+    entries = sum(each.nbytes for each in run.at_peak(phase, "cpu") if each.op.endswith(("'s scratch", "'s number")))
+    return entries / run.peaks[phase]["cpu"]
 
 
 # -- the models ---------------------------------------------------------------------------------------------------------
@@ -108,28 +120,6 @@ class Recurrent(nn.Module):
         return self.head(value)
 
 
-class Convolutional(nn.Module):
-    """Convolutions and batch norms with residual connections."""
-
-    class Block(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-            self.norm = nn.BatchNorm2d(width)
-
-        def forward(self, value: torch.Tensor) -> Any:
-            return value + self.second(torch.relu(self.norm(self.first(value))))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
-        self.blocks = nn.Sequential(Convolutional.Block(16), Convolutional.Block(16))
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, image: torch.Tensor) -> Any:
-        return self.head(self.blocks(torch.relu(self.stem(image))).mean((2, 3)))
-
-
 def _transformers(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
@@ -146,8 +136,8 @@ def _text() -> dict[str, torch.Tensor]:
     return {"input_ids": _tokens(), "labels": _tokens()}
 
 
-def _image(size: int) -> Callable[[], dict[str, torch.Tensor]]:
-    return lambda: {"pixel_values": torch.ones(2, 3, size, size)}
+def _image(size: int, channels: int = 3) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {"pixel_values": torch.ones(2, channels, size, size)}
 
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -174,10 +164,10 @@ MODELS: dict[str, Case] = {
         ),
         _text,
     ),
-    "ViT": Case(_transformers("ViTForImageClassification", "ViTConfig", image_size=32, patch_size=8, **_SMALL), _image(32)),
+    "ViT": Case(_transformers("ViTForImageClassification", "ViTConfig", image_size=64, patch_size=8, **_SMALL), _image(64)),
     "ConvNeXt": Case(
         _transformers(
-            "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[8, 16, 32, 64], depths=[2, 2, 2, 2], image_size=64
+            "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[16, 32, 64, 128], depths=[2, 2, 4, 2], image_size=64
         ),
         _image(64),
     ),
@@ -219,6 +209,7 @@ MODELS: dict[str, Case] = {
             conv_kernel=(10, 3),
             num_conv_pos_embeddings=16,
             num_conv_pos_embedding_groups=4,
+            classifier_proj_size=32,
             layerdrop=0.0,
             apply_spec_augment=False,
             **_SMALL,
@@ -229,11 +220,22 @@ MODELS: dict[str, Case] = {
         lambda: nn.Transformer(32, 4, 2, 2, 64, batch_first=True), lambda: (torch.ones(2, 10, 32), torch.ones(2, 12, 32))
     ),
     "LSTM": Case(Recurrent, lambda: (_tokens(),)),
-    "convolutions": Case(Convolutional, lambda: (torch.ones(2, 3, 32, 32),)),
+    "ResNet": Case(
+        _transformers(
+            "ResNetForImageClassification",
+            "ResNetConfig",
+            num_channels=1,
+            embedding_size=16,
+            hidden_sizes=[64, 128, 256, 512],
+            depths=[2, 2, 4, 2],
+        ),
+        _image(32, channels=1),
+    ),
 }
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"autocast": torch.bfloat16},
     "checkpointing": {"checkpointing": "full"},
+    "selective": {"checkpointing": "selective"},
 }

@@ -20,10 +20,11 @@ from groundplan.planner.allocator_config import AllocatorConfig, AllocatorError
 from groundplan.planner.allocator_driver import Device
 from groundplan.planner.allocator_events import Allocate, EmptyCache, Event, Free, OutOfMemory, RecordStream, Synchronize
 from groundplan.planner.allocator_snapshot import from_snapshot
+from groundplan.planner.changes import Change
 from groundplan.planner.decisions import default_decisions
-from groundplan.planner.memory import RankError, memory
+from groundplan.planner.estimate import memory
+from groundplan.planner.memory import RankError
 from groundplan.planner.overheads import OVERHEADS, cublas_workspace
-from groundplan.planner.rank_memory import Change
 from groundplan.planner.reserved import replay_timeline, reserved
 from groundplan.planner.workload import Training
 

@@ -154,6 +154,16 @@ def test_report_with_training_memory(groundplan: Runner) -> None:
     assert "first_step" in shown
 
 
+def test_report_with_the_memory_of_serving(groundplan: Runner) -> None:
+    config = str(CONFIGS / "llama-3.2-1b.json")
+    pytest.importorskip("transformers")
+    serving = ("--infer", "--batch-size", "2", "--seq-len", "64", "--new-tokens", "4", "--cache", "static", "--dtype", "bfloat16")
+    found = groundplan("report", config, *serving, "--cluster", "24GB", "--json").json
+    assert list(found["phases"]) == ["construct", "load", "first_step", "step", "checkpoint"]
+    assert found["verdict"]["verdict"] == "fits" and found["memory"]["reserved"]["step"]["cuda:0"]["reserved"] > 0
+    assert any(each["kind"] == "KV cache" for each in found["memory"]["at_peak"])
+
+
 def test_report_with_a_cast_and_a_move(groundplan: Runner) -> None:
     found = groundplan("report", "cli_zoo:Net", "--dtype", "bfloat16", "--device", "cuda", "--json").json
     assert found["bytes"]["final"] == {"bfloat16": 2 * (16 + 4 + 4 + 6 + 2)}
@@ -172,12 +182,35 @@ def test_report_says_whether_it_fits(groundplan: Runner, tmp_path: Path) -> None
     assert groundplan("report", "cli_zoo:Net", "--json").json["verdict"] is None
 
 
+def test_verify_says_what_each_phase_took(groundplan: Runner, tmp_path: Path) -> None:
+    words = ("verify", "torch.nn:Linear", "--kwargs", '{"in_features": 30, "out_features": 40}', "--train", "sgd")
+    shown = groundplan(*words, "--calibration", "cpu.json")
+    assert shown.code == 0 and "predicted" not in shown.err and "first_step" in shown.out and "measured" in shown.out
+    found = groundplan(*words, "--steps", "4", "--json", "--calibration", "cpu.json").json
+    checks = {each["phase"]: each for each in found["ranks"][0]["checks"]}
+    assert checks["step"]["difference"] == 0 and len(checks["step"]["repeats"]) == 3 and found["spec"] == "torch.nn:Linear"
+    assert len(json.loads((tmp_path / "cpu.json").read_text())["records"]) == 2 * 8
+
+
+def test_report_by_a_calibration(groundplan: Runner) -> None:
+    words = ("torch.nn:Linear", "--kwargs", '{"in_features": 30, "out_features": 40}')
+    assert groundplan("verify", *words, "--calibration", "cpu.json").code == 0
+    shown = groundplan("report", *words, "--cluster", "64GB-cpu", "--calibration", "cpu.json").out
+    assert "calibrated on cpu" in re.sub(r"\s+", " ", shown) and "calibrated by 1 verification" in re.sub(r"\s+", " ", shown)
+    other = groundplan("report", *words, "--cluster", "H100", "--calibration", "cpu.json")
+    assert other.code == 1 and other.out == "" and "the calibration is of cpu" in other.err
+    alone = groundplan("report", *words, "--calibration", "cpu.json")
+    assert alone.code == 1 and "calibration= is for saying whether it fits" in alone.err
+    missing = groundplan("report", *words, "--cluster", "64GB-cpu", "--calibration", "none.json")
+    assert missing.code == 1 and "cannot read the calibration none.json" in missing.err
+
+
 def test_report_as_a_page(groundplan: Runner) -> None:
     result = groundplan("report", "cli_zoo:Net", "--train", "adamw", "--html", "out.html", "--json")
     page = (groundplan.folder / "out.html").read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and f'data-value="{result.json["peak"]}"' in page
     failed = groundplan("report", "cli_zoo:Net", "--html", "no/such/folder.html")
-    assert failed.code == 1 and "the page cannot be written" in failed.err and "Traceback" not in failed.err
+    assert failed.code == 1 and "no/such/folder.html cannot be written" in failed.err and "Traceback" not in failed.err
 
 
 def test_a_cluster_that_cannot_be(groundplan: Runner) -> None:
@@ -222,6 +255,12 @@ def test_explain_an_unknown_tensor(groundplan: Runner) -> None:
         (["--dtype", "nn"], ["'nn'", "floating-point"]),
         (["--train", "adamv"], ["adamv", "adamw"]),
         (["--device", "gpu"], ["'gpu'", "cuda"]),
+        (["--infer", "--train", "adamw"], ["--infer and --train", "one at a time"]),
+        (["--infer", "--clip-grad-norm", "1"], ["--clip-grad-norm is about training"]),
+        (["--infer", "--batch-size", "0"], ["--batch-size: batch_size is 0"]),
+        (["--infer", "--cache", "statik"], ["--cache", "did you mean static"]),
+        (["--infer", "--autocast", "int8"], ["--autocast", "floating-point"]),
+        (["--new-tokens", "4"], ["--new-tokens is about serving", "--infer"]),
     ],
 )
 def test_wrong_options(groundplan: Runner, arguments: list[str], parts: list[str]) -> None:

@@ -12,10 +12,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import groundplan as gp
-from groundplan.planner.allocations import START, STEP, Allocation, Moment, Timeline
+from groundplan.planner.allocations import FIRST_OPTIMIZER, FIRST_STEP, OPTIMIZER, START, STEP, Allocation, Moment, Timeline
 from groundplan.runtime.scratch import TABLE, kept_number, scratch_bytes
 
-from .measured_steps import MODELS, SETTINGS, measured_peaks, memory_events, plain_kernels
+from .measured_steps import MODELS, SETTINGS, measured_peaks, memory_events, plain_kernels, table_share
 
 aten = torch.ops.aten
 BF16 = torch.bfloat16
@@ -40,18 +40,15 @@ def peaks_of(plan: gp.Plan, training: gp.Training) -> Mapping[str, int]:
 # -- equal to the byte --------------------------------------------------------------------------------------------------
 
 
-NEARLY = {("Swin", "bfloat16"): {"first_step": 8192, "step": 8192}}
-"""Bytes that a fake step takes more: what a dispatch mode is called with stays until it returns, also in a real run under one."""
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_fake_step_takes_what_a_real_one_does(model: str, setting: str) -> None:
     case = MODELS[model]
     plan, training = gp.trace(case.build), gp.Training(inputs=case.inputs, **SETTINGS[setting])
-    more = NEARLY.get((model, setting), {})
-    real = {phase: nbytes + more.get(phase, 0) for phase, nbytes in measured_peaks(plan, training).items()}
-    assert peaks_of(plan, training) == real
+    run = run_of(plan, training)
+    assert {phase: devices["cpu"] for phase, devices in run.peaks.items()} == measured_peaks(plan, training)
+    for phase in (FIRST_STEP, STEP, FIRST_OPTIMIZER, OPTIMIZER):  # the first step is one without an optimizer's state, as SGD's
+        assert table_share(run, phase) <= 0.01
 
 
 @pytest.mark.parametrize(
@@ -114,7 +111,19 @@ def rows(*shape: int) -> torch.Tensor:
 ATTENTION = (ones(2, 4, 17, 8),) * 3
 HALF_ATTENTION = (ones(2, 4, 200, 8, dtype=BF16),) * 3
 CONVOLVED = ([1, 1], [1, 1], [1, 1], False, [0, 0])
+CONTIGUOUS = {"memory_format": torch.contiguous_format}
 MASK = [True, True, True]
+
+
+WHOLE = [(5, False, False), (40, False, False), (40, True, False), (40, False, True), (5, True, True)]
+"""The tokens, and whether there is a mask and weights are asked for."""
+
+
+def whole_attention(length: int, masked: bool, weights: bool) -> tuple[Any, ...]:
+    """The arguments of attention with all of its projections, of 4 heads."""
+    value, mask = ones(2, length, 32), torch.zeros(length, length, dtype=torch.bool)
+    matrices = ones(96, 32), ones(96), ones(32, 32), ones(32)
+    return (*(value,) * 3, 32, 4, *matrices, mask if masked else None, weights, True, 0 if masked else None)
 
 
 def attended(*operands: torch.Tensor) -> tuple[Any, ...]:
@@ -130,7 +139,7 @@ def normalized(value: torch.Tensor) -> tuple[Any, ...]:
     return torch.ones_like(value), value, [value.shape[-1]], mean, deviation, width, width, MASK
 
 
-CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
+CALLS: list[tuple[Any, ...]] = [
     (aten.add.Tensor, lambda: (ones(5, 7), ones(5, 7, dtype=BF16))),
     (aten.sub.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(7))),
     (aten.mul.Tensor, lambda: (ones(5, 7), 2.0)),
@@ -145,11 +154,21 @@ CALLS: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
     (aten.mm.default, lambda: (ones(1, 1).expand(5, 7), ones(7, 9))),
     (aten.mm.default, lambda: (rows(5, 7), rows(7, 9))),
     (aten.addmm.default, lambda: (ones(9), ones(5, 7), ones(1, 1).expand(7, 9))),
+    (aten.add_.Tensor, lambda: (ones(5, 7), ones(5, 7, dtype=BF16))),
+    (aten.add_.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(5, 7))),
+    (aten.add_.Tensor, lambda: (ones(5, 7, dtype=BF16), ones(7))),
+    (aten.addmm.default, lambda: (rows(64, 80), ones(64, 7), ones(7, 80))),
+    (aten.clone.default, lambda: (rows(64, 80),)),
+    (aten.clone.default, lambda: (rows(64, 80),), CONTIGUOUS),
+    (aten.clone.default, lambda: (rows(8, 80),), CONTIGUOUS),
+    (aten.clone.default, lambda: (rows(160, 180).to(torch.uint8),), CONTIGUOUS),
+    (aten.copy_.default, lambda: (ones(64, 80, dtype=BF16), rows(64, 80).to(BF16))),
     (aten.cumsum.default, lambda: (ones(5, 7, dtype=torch.bool), 1)),
     (aten.roll.default, lambda: (ones(2, 8, 8, 3), [2, 2], [1, 2])),
     (aten.roll.default, lambda: (ones(2, 8, 8, 3), [2], [1])),
     (aten.embedding.default, lambda: (ones(9, 4), torch.ones(1, 5, dtype=torch.int64).expand(3, 5))),
     (aten.embedding_dense_backward.default, lambda: (rows(3, 5, 4), torch.ones(3, 5, dtype=torch.int64), 9, -1, False)),
+    *((aten._native_multi_head_attention.default, lambda options=options: whole_attention(*options)) for options in WHOLE),
     (aten._safe_softmax.default, lambda: (ones(2, 4, 5, 7), -1)),
     (aten.native_layer_norm.default, lambda: (rows(2, 5, 8), [8], ones(8), ones(8), 1e-5)),
     (aten.native_layer_norm_backward.default, lambda: normalized(ones(2, 5, 8))),
@@ -182,10 +201,10 @@ def channels_last(*shape: int) -> torch.Tensor:
     return ones(*shape).contiguous(memory_format=torch.channels_last)
 
 
-def taken(func: Any, args: tuple[Any, ...]) -> tuple[int, int, Any]:
+def taken(func: Any, args: tuple[Any, ...], **options: Any) -> tuple[int, int, Any]:
     """The most bytes that a call takes, those of them that stay, and its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        out = func(*args)
+        out = func(*args, **options)
     now = most = 0
     for nbytes in memory_events(profiler):
         now += nbytes
@@ -195,14 +214,14 @@ def taken(func: Any, args: tuple[Any, ...]) -> tuple[int, int, Any]:
 
 @pytest.mark.parametrize("number", range(len(CALLS)), ids=lambda number: f"{CALLS[number][0]}-{number}")
 def test_an_entry_of_the_table_is_what_the_kernel_takes(number: int) -> None:
-    func, make = CALLS[number]
+    func, make, *options = CALLS[number]
     args = make()
-    most, stays, out = taken(func, args)
+    most, stays, out = taken(func, args, **dict(*options))
     assert scratch_bytes(func, args, out) == most - stays
 
 
 def test_every_entry_is_tried() -> None:
-    assert set(TABLE) <= {func for func, _ in CALLS}
+    assert set(TABLE) <= {func for func, *_ in CALLS}
 
 
 def test_a_number_is_kept_for_the_backward() -> None:
@@ -264,7 +283,7 @@ def test_the_closed_form_stands_beside() -> None:
     assert memory.tier == "T1" and memory.closed_form == plan.memory(training) and plan.memory(training).tier == "T0"
     assert str(memory).splitlines()[0].split("  ")[-1].strip() == "cpu, T0"
     assert memory.phases["construct"] == plan.memory().phases["construct"]
-    assert memory.phases["step"] > plan.memory(training).phases["step"]
+    assert memory.phases["step"] == plan.memory(training).phases["step"]
     found = memory.to_json()
     assert json.loads(json.dumps(found)) == found and found["tier"] == "T1"
     assert found["closed_form"] == plan.memory(training).to_json()
@@ -286,7 +305,9 @@ def test_a_plan_for_cuda_takes_its_optimizer_and_counts_nothing_of_the_cpu() -> 
     memory = plan.to("cuda").memory(training, tier="T1")
     assert memory.by_device["optimizer"]["cpu"] == 2 * 4
     assert memory.by_device["first_step"].get("cpu", 0) == 0 and memory.binding.device == "cuda:0"
-    assert memory.run is not None and not any("scratch" in each.op for each in memory.run.allocations)
+    assert memory.run is not None
+    scratch = {each.op for each in memory.run.allocations if "scratch" in each.op or "number" in each.op}
+    assert scratch == {"mm's scratch"}  # the expanded gradient of a sum, which cuBLAS takes copied as well
     assert any(each.op == "_foreach_sqrt" for each in memory.run.allocations)
 
 
@@ -359,7 +380,7 @@ def test_the_modules_own_error_comes_out() -> None:
         (lambda: gp.trace(Two), gp.Training(checkpointing="full"), "layers that repeat"),
         (lambda: gp.trace(lambda: Two().requires_grad_(False)), gp.Training(), "nothing to train"),
         (lambda: gp.trace(lambda: (Two(), Two())), gp.Training(), "one nn.Module"),
-        (lambda: gp.trace(MODELS["nn.Transformer"].build).shard({"dp": 2}), gp.Training(), "the plan shards"),
+        (lambda: gp.trace(Two).place({"*": "cpu"}), gp.Training(), "the plan places tensors"),
     ],
 )
 def test_what_cannot_be_run_is_refused(plan: Callable[[], gp.Plan], training: gp.Training | None, message: str) -> None:
@@ -377,7 +398,7 @@ def test_an_unknown_tier_is_refused() -> None:
     ("fields", "message"),
     [
         ({"implementation": "foreeach"}, "did you mean foreach"),
-        ({"checkpointing": "some"}, "known: none, full"),
+        ({"checkpointing": "some"}, "known: none, selective, full"),
         ({"autocast": torch.float32}, "autocast is torch.float32"),
         ({"loss": 3}, "loss is 3"),
         ({"clip_grad_norm": 0}, "clip_grad_norm is 0"),

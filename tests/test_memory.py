@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from groundplan.planner.decisions import Decisions, default_decisions
-from groundplan.planner.memory import Memory, RankError, human_bytes, memory
+from groundplan.planner.estimate import memory
+from groundplan.planner.memory import Memory, RankError, human_bytes
 from groundplan.planner.workload import Training
 from groundplan.tracer.errors import DecisionError, GroundplanError
 from groundplan.tracer.graph import Constant, Kind, ModuleNode, ParamGraph, Storage, TensorNode, View
@@ -330,7 +331,7 @@ def test_the_text_names_phases_devices_and_the_binding_tensors() -> None:
     assert [line.split()[0] for line in lines[1:7]] == ["construct", "load", "first_step", "step", "optimizer", "checkpoint"]
     assert len({len(line) for line in lines[:7]}) == 1
     assert lines[7].startswith("peak: 31.46 MB in optimizer on cuda:0; largest: b (20.97 MB), a (10.49 MB)")
-    assert any("activations and temporary workspaces are not included yet" in line for line in lines)
+    assert any("activations are not included" in line for line in lines)
 
 
 def test_json_is_plain_data() -> None:

@@ -146,6 +146,7 @@ def test_every_section_is_there_and_named(report: gp.Report, text: str) -> None:
     assert [title.strip() for title in page.text["h2"]] == [
         "Does it fit",
         "Memory by phase",
+        "Memory over time",
         "What makes the peak",
         "Parameters by module",
         "Largest tensors",

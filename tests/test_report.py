@@ -17,7 +17,7 @@ from rich.console import Console
 from groundplan.explain import Explanation, explain
 from groundplan.fold import fold_names
 from groundplan.planner.decisions import Decisions, default_decisions
-from groundplan.planner.memory import memory
+from groundplan.planner.estimate import memory
 from groundplan.report import Report
 from groundplan.shown import shortened
 from groundplan.tracer.errors import UnknownNameError

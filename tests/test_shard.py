@@ -18,8 +18,8 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 import groundplan as gp
+from groundplan.planner.local_parts import coordinate_of, local_shape
 from groundplan.planner.memory import RankError
-from groundplan.planner.rank_memory import coordinate_of, local_shape
 from groundplan.planner.sharding import Axis, Cut, Sharding, cut_of, matches
 from groundplan.runtime.regions import Indices, Unplaced, assembled, boxes_of, region_at, shape_of
 
@@ -185,6 +185,9 @@ def test_every_layer_that_repeats_is_a_unit() -> None:
 
 def test_layers_of_a_sequential_are_units() -> None:
     assert units_of(lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))) == ("*",)
+    plan = gp.trace(lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))).shard({"dp": 2})
+    assert plan.decisions.sharding is not None
+    assert plan.decisions.sharding.unit_names(plan.graph) == ["0", "1"]  # the module as a whole is one besides
     assert units_of(lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3))) == ()
     assert units_of(nn.Linear, 3, 3) == ()
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import groundplan as gp
 from groundplan.planner import verdict as verdicts
 from groundplan.planner.catalog import Device
+from groundplan.planner.estimate import RESERVED
 from groundplan.planner.memory import Binding, Memory
 from groundplan.planner.verdict import CONTEXT_BYTES, MARGIN, WORKSPACE_BYTES
 from groundplan.tracer.errors import DecisionError
@@ -206,10 +207,21 @@ def test_json_is_plain_data() -> None:
 
 
 def test_a_step_that_was_run_counts_its_activations() -> None:
-    """On the CPU nothing is left out then; CUDA's kernels are not the ones that were run."""
+    """Nothing is left out then on the CPU, nor on CUDA, where the allocator was asked and no library has workspaces."""
     plan, workload = gp.trace(torch.nn.Linear, 64, 64), gp.Training("sgd", batch_size=2)
-    assert plan.memory(workload).left_out == ("activations",)
-    assert plan.memory(workload, tier="T1").left_out == ()
+    assert gp.trace(torch.nn.Bilinear, 2, 3, 4).memory(workload).left_out == ("activations",)
+    assert plan.memory(workload).left_out == plan.memory(workload, tier="T1").left_out == ()
     assert plan.memory(workload, tier="T1").fits("64GB-cpu").verdict == "fits"
-    on_gpu = plan.to("cuda").memory(workload, tier="T1")
-    assert on_gpu.left_out == ("what CUDA's own kernels keep and need",) and on_gpu.fits("24GB").verdict == "tight"
+    on_gpu = plan.to("cuda")
+    assert on_gpu.memory(workload, tier="T1").left_out == (RESERVED,)
+    assert on_gpu.memory(workload, tier="T2").left_out == ()
+    run, replayed = (on_gpu.memory(workload, tier=tier).fits("24GB") for tier in ("T1", "T2"))
+    assert run.verdict == replayed.verdict == "fits" and run.rooms == replayed.rooms
+
+
+def test_what_cudas_libraries_take_is_left_out_by_name() -> None:
+    plan = gp.trace(lambda: torch.nn.Sequential(torch.nn.Conv1d(3, 3, 3), torch.nn.BatchNorm1d(3))).to("cuda")
+    found = plan.memory(gp.Training("sgd", inputs=(torch.ones(2, 3, 8),)), tier="T2")
+    assert found.left_out == ("workspaces of cuDNN's convolutions", "what cuDNN keeps of a batch norm")
+    assert found.closed_form is not None and found.closed_form.left_out == found.left_out
+    assert found.fits("24GB").verdict == found.closed_form.fits("24GB").verdict == "tight"

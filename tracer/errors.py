@@ -11,6 +11,7 @@
         * `RanksError`: the processes that build together do not agree, or one of them failed
         * `CheckpointError`: a checkpoint that cannot be read or written, or that is not this module's
     * `MemoryRunError`: a training step that cannot be run without memory
+    * `CalibrationError`: a calibration that cannot be read, or is of another kind of device or version of torch
     * `SpecError`: a command-line SPEC that names no constructor
 
 Errors that the user's own constructor raises are never wrapped: they come out as eager raises them.
@@ -67,6 +68,10 @@ class CheckpointError(MaterializeError):
 
 class MemoryRunError(GroundplanError):
     """A training step looks at values, which a run without memory does not have; the message names the op and the way out."""
+
+
+class CalibrationError(GroundplanError):
+    """A calibration that cannot be read or written, or that is of another kind of device or version of torch."""
 
 
 class SpecError(GroundplanError):

@@ -1,0 +1,172 @@
+"""The profile of a plan's module for a workload: made once, and kept for as long as the plan's trace is."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten_with_path
+
+from ..planner.decisions import Decisions
+from ..planner.exchanges import attention_output
+from ..planner.kept import kept_with
+from ..planner.profile import NoProfile, Profile
+from ..planner.records import dtype_named
+from ..planner.sharding import Sharding
+from ..planner.workload import Training
+from ..tracer.errors import GroundplanError
+from .allocations import Allocations
+from .build import Build
+from .example_inputs import example_inputs
+from .fake_step import device_of, step_module
+from .microbatches import first_of, not_profiled, staged_modules, watch_first_layer
+from .profiling import Traced, profile
+
+_KEPT = 64
+
+
+def profile_of(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
+    """What forward and backward of the plan's module allocate, or why that cannot be known.
+
+    Plans that differ only in how many ranks share the parameters, in when FSDP gathers them, in the reduction's dtype, or in the
+    optimizer, have one profile.
+    """
+    if decisions.placing is not None or decisions.quantizing:
+        return NoProfile(f"the plan {'places tensors on several devices' if decisions.placing else 'quantizes'}")
+    if decisions.sharding is not None and (reason := not_profiled(decisions.sharding, training)) is not None:
+        return NoProfile(reason)
+    known = kept_with(build)
+    key = _key(build, decisions, training)
+    if key not in known:
+        if len(known) >= _KEPT:
+            known.pop(next(iter(known)))
+        known[key] = _made(build, decisions, training), (training.inputs, training.loss)  # so that their ids stay theirs
+    found: Profile | NoProfile = known[key][0]
+    return found
+
+
+def _key(build: Build, decisions: Decisions, training: Training) -> Any:
+    sharding = decisions.sharding
+    on_cpu = device_of(build, decisions) == "cpu"
+    kernels = (torch.get_num_threads(), torch.backends.mkldnn.enabled) if on_cpu else None
+    workload = (training.batch_size, training.seq_len, training.autocast, training.checkpointing, training.accumulate > 1)
+    return decisions.casts, kernels, _divided(sharding), workload, _look(training.inputs), id(training.loss)
+
+
+def _divided(sharding: Sharding | None) -> Any:
+    """What of a sharding changes what the module's own code does."""
+    if sharding is None:
+        return None
+    tensor = (sharding.axis("tensor"), sharding.tensor, sharding.engine) if sharding.size("tensor") > 1 else None
+    return (
+        tensor,
+        sharding.pipeline,
+        sharding.size("context"),
+        (sharding.units, sharding.compute_dtype) if sharding.shards else None,
+    )
+
+
+def _look(inputs: Any) -> Any:
+    """What of given inputs matters: shapes and dtypes of tensors, other things themselves."""
+    if inputs is None or callable(inputs):
+        return id(inputs)
+    return tuple((str(path), _leaf(each)) for path, each in tree_flatten_with_path(inputs)[0])
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.requires_grad
+    return value if isinstance(value, bool | int | float | str) else id(value)
+
+
+def _made(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
+    try:
+        with _quiet(), _divided_layers(build, decisions) as (made, traced):
+            found = _with_passed(made, lambda module: _inputs(module, training, decisions.sharding), training, traced)
+        if decisions.sharding is not None and decisions.sharding.size("context") > 1 and not attention_output(found):
+            return NoProfile("ring attention takes the place of scaled_dot_product_attention, which is not called")
+        return found
+    except GroundplanError as error:
+        return NoProfile(str(error))
+    except Exception as error:  # the module's own, which training would raise as well, or a kernel that fake tensors do not have
+        message = str(error).splitlines() or [""]
+        return NoProfile(f"a trace of forward and backward fails: {type(error).__name__}: {message[0]}")
+
+
+def _inputs(module: nn.Module, training: Training, sharding: Sharding | None) -> Any:
+    """The inputs of a rank's step: one micro-batch of a pipeline, a part of the sequence along a context axis."""
+    pipeline, parts = (None, 1) if sharding is None else (sharding.pipeline, sharding.size("context"))
+    length = None if training.seq_len is None else training.seq_len // parts
+    found = example_inputs(module, replace(training, seq_len=length))
+    return found if pipeline is None else first_of(found, pipeline.microbatches)
+
+
+def _with_passed(
+    made: Callable[[], nn.Module], inputs: Callable[[nn.Module], Any], training: Training, traced: Traced
+) -> Profile:
+    """A profile, with what the first of a list of layers hands to the next."""
+    passed: list[int] = []
+
+    def watched() -> nn.Module:
+        module = made()
+        watch_first_layer(module, passed)
+        return module
+
+    return replace(profile(watched, inputs, training, traced), passed=max(passed, default=0))
+
+
+@contextmanager
+def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callable[[], nn.Module], Traced]]:
+    """What makes the module, its single layers divided along the tensor axis, and how it is traced."""
+    sharding = decisions.sharding
+    traced, axis = _traced(build, decisions), None if sharding is None else sharding.axis("tensor")
+    if sharding is None or axis is None:
+        yield lambda: step_module(build, decisions), traced
+        return
+    from .fake_ranks import propagation_apart
+    from .fake_world import fake_world
+    from .gloo_scratch import gloo_scratch_bytes
+    from .parallel import apply_sharding, mesh_of
+
+    alone = sharding.model_copy(update={"axes": (axis,), "pipeline": None})
+
+    def made() -> nn.Module:
+        module = step_module(build, decisions)
+        return apply_sharding(module, alone, build.graph, mesh_of(alone, "cpu"))
+
+    @contextmanager
+    def around(found: Allocations) -> Iterator[None]:
+        found.collective_scratch = gloo_scratch_bytes
+        with propagation_apart():
+            yield
+
+    with fake_world(axis.size, 0):
+        yield made, replace(traced, around=around)
+
+
+def _traced(build: Build, decisions: Decisions) -> Traced:
+    sharding, device = decisions.sharding, device_of(build, decisions)
+    if sharding is None or not (sharding.shards or sharding.pipeline):
+        return Traced(device)
+    dtype = None if sharding.compute_dtype is None else dtype_named(sharding.compute_dtype)
+    names = dict.fromkeys([*sharding.unit_names(build.graph), *staged_modules(sharding, build.graph), ""])
+    return Traced(device, tuple(names), dtype)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the module's code warns of it says when it really runs; what fake tensors log on an error is in the error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = disabled

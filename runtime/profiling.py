@@ -1,0 +1,111 @@
+"""The profile of a module: one forward and backward on fake tensors, in which each kind of layer is run a few times only.
+
+1. the layers of long runs are taken over (`skipped_layers.py`), and the modules whose turns matter get hooks
+2. forward, loss and backward are followed, op by op (`Followed`)
+3. what was found is cut into blocks: the rounds of each run, forward and backward, and what is between them
+4. the block of the round that stands for others gets their number, and the sums are checked to come out even
+
+Where layers cannot be skipped, all of this happens once more with every layer run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from ..planner.profile import Profile
+from ..planner.workload import Training
+from .allocations import Allocations
+from .checkpointing import checkpoint_layers
+from .fake_step import imagined, label_gradients
+from .followed import Followed
+from .profile_blocks import cut
+from .skipped_layers import Run, Skipping, runs_of
+from .training_step import forward_and_backward
+
+_RUN = "run"
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What a plan's sharding changes for a trace: the device, the modules whose turns are marked, and the dtype they work in.
+
+    The trace goes on within what `around` gives.
+    """
+
+    device: str
+    units: tuple[str, ...] = ()
+    compute_dtype: torch.dtype | None = None
+    around: Callable[[Allocations], AbstractContextManager[None]] = lambda _: nullcontext()
+
+
+def profile(
+    made: Callable[[], nn.Module], inputs: Callable[[nn.Module], Any], training: Training, traced: Traced = Traced("cpu")
+) -> Profile:
+    """The profile of a module of meta tensors, which `made()` gives a new one of at each call, for the inputs made for it.
+
+    Raises what a run of the step raises.
+    """
+    module = made()
+    runs = runs_of(module)
+    try:
+        return _run(module, inputs(module), training, traced, runs)
+    except Exception:  # `CannotSkip`, or what the code around layers that were skipped says to it: with every layer run it counts
+        if not runs:
+            raise
+    module = made()
+    return _run(module, inputs(module), training, traced, [])
+
+
+def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, runs: Sequence[Run]) -> Profile:
+    module.train()
+    if training.checkpointing != "none":
+        checkpoint_layers(module, training.checkpointing)
+    if traced.compute_dtype is not None:
+        _compute_in(module, traced.compute_dtype, traced.units)
+    for run in runs:
+        Skipping(module, run)
+    found = Followed(on_cpu=traced.device == "cpu")
+    layers = [run.layers[position] for run in runs for position in _run_positions(run)]
+    with imagined(found, module, inputs, traced.device, around=traced.around(found)) as faked:
+        handles = found.turns(module, [*traced.units, *layers])
+        with found:
+            found.phase(_RUN)
+            forward_and_backward(module, faked, training)
+            label_gradients(found, module)
+            found.phase(_RUN)
+        for handle in handles:
+            handle.remove()
+    return cut(found.stream(), found.timeline(traced.device, "cpu").allocations, runs, frozenset(found.early))
+
+
+def _run_positions(run: Run) -> Iterator[int]:
+    return (position for position in range(len(run.layers)) if run.round_of(position) is not None)
+
+
+def _compute_in(module: nn.Module, dtype: torch.dtype, units: Sequence[str]) -> None:
+    """What FSDP's mixed precision does: parameters and the units' floating-point arguments have another dtype.
+
+    torch/distributed/fsdp/_fully_shard/_fsdp_state.py `_cast_forward_inputs`; buffers stay as they are.
+    """
+    known: dict[int, nn.Parameter] = {}
+    for each in module.modules():
+        for name, value in each._parameters.items():
+            if value is not None and value.is_floating_point():
+                if id(value) not in known:
+                    known[id(value)] = nn.Parameter(value.detach().to(dtype), value.requires_grad)
+                each._parameters[name] = known[id(value)]
+
+    def cast(value: torch.Tensor) -> torch.Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    for name in units:
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs: tree_map_only(torch.Tensor, cast, (args, kwargs)), prepend=True, with_kwargs=True
+        )
