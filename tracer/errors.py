@@ -74,6 +74,10 @@ class CalibrationError(GroundplanError):
     """A calibration that cannot be read or written, or that is of another kind of device or version of torch."""
 
 
+class FitError(GroundplanError):
+    """No plan was found that fits a cluster; the message says what is missing where."""
+
+
 class SpecError(GroundplanError):
     """A command-line SPEC that does not name a constructor."""
 
