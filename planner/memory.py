@@ -66,8 +66,8 @@ class Memory:
     `communicators` is how many groups of ranks talk to each other.
 
     `tier` says where the three in the middle come from: `T0` is the closed form, with activations where they could be traced (see
-    `left_out`); `T1` is a run of the step on fake tensors, with all that it allocates. Then `run` has every allocation, and `closed_form` is what T0 says. In T1,
-    `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones.
+    `left_out`); `T1` is a run of the step on fake tensors, with all that it allocates. Then `run` has every allocation, and
+    `closed_form` is what T0 says. In T1, `optimizer` includes the clipping of gradients, and the first `optimizer.step()` as well as later ones.
     """
 
     by_device: Mapping[str, Mapping[str, int]]
