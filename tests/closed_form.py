@@ -43,6 +43,7 @@ class DeepRecurrent(Recurrent):
 
 _WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 _LAYERS = _WIDTHS | {"num_hidden_layers": 7}
+_PATTERN = ["sliding_attention", "sliding_attention", "full_attention"]
 _HEADS = {"num_key_value_heads": 2}
 
 DEEP: dict[str, Callable[[], nn.Module]] = {
@@ -78,7 +79,7 @@ DEEP: dict[str, Callable[[], nn.Module]] = {
         head_dim=8,
         sliding_window=8,
         num_hidden_layers=17,
-        layer_types=[*(["sliding_attention"] * 2 + ["full_attention"]) * 5, "sliding_attention", "sliding_attention"],
+        layer_types=[*_PATTERN * 5, *_PATTERN[:2]],
         **_WIDTHS,
         **_HEADS,
     ),
