@@ -85,16 +85,15 @@ DEEP: dict[str, Callable[[], nn.Module]] = {
     ),
     "nn.Transformer": lambda: nn.Transformer(32, 4, 6, 5, 64, batch_first=True),
     "LSTM": DeepRecurrent,
-    "convolutions": SHALLOW["convolutions"].build,
+    "ResNet": SHALLOW["ResNet"].build,
 }
 
 
 def inputs_of(model: str, batch: int, length: int) -> Any:
     """The inputs of one micro-batch."""
     tokens = torch.ones(batch, length, dtype=torch.int64)
-    if model in ("ViT", "convolutions"):
-        image = torch.ones(batch, 3, 32, 32)
-        return {"pixel_values": image} if model == "ViT" else (image,)
+    if model in ("ViT", "ResNet"):
+        return {"pixel_values": torch.ones(batch, 3 if model == "ViT" else 1, 32, 32)}
     if model == "nn.Transformer":
         return torch.ones(batch, length, 32), torch.ones(batch, length + 2, 32)
     return (tokens,) if model == "LSTM" else {"input_ids": tokens, "labels": tokens}
