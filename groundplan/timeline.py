@@ -267,8 +267,9 @@ def write_png(path: str | os.PathLike[str], svg: str, width: int) -> None:
             f"a PNG is drawn by the packages resvg-py and font-source-sans-pro, which cannot be imported ({error}): "
             "pip install 'groundplan[png]', or write an SVG, which needs nothing"
         ) from error
-    letters = {"skip_system_fonts": True, "font_files": [SourceSansPro, SourceSansProSemibold]}  # the same on every machine
-    write_atomically(path, bytes(resvg_py.svg_to_bytes(svg_string=svg, width=width, sans_serif_family=_FONT, **letters)))
+    fonts = [SourceSansPro, SourceSansProSemibold]  # letters are the same on every machine
+    drawn = resvg_py.svg_to_bytes(svg_string=svg, width=width, sans_serif_family=_FONT, skip_system_fonts=True, font_files=fonts)
+    write_atomically(path, bytes(drawn))
 
 
 _FONT = "Source Sans Pro"

@@ -173,8 +173,8 @@ class Failing(Looking):
 @pytest.mark.parametrize(
     ("plan", "training", "reason"),
     [
-        (lambda: gp.trace(DEEP["Llama"]), gp.Training(), "say how long: gp.Training"),
-        (lambda: gp.trace(nn.Bilinear, 2, 3, 4), gp.Training(), "say gp.Training.inputs="),
+        (lambda: gp.trace(DEEP["Llama"]), gp.Training(), "say how long: seq_len="),
+        (lambda: gp.trace(nn.Bilinear, 2, 3, 4), gp.Training(), "say inputs="),
         (lambda: gp.trace(Looking), gp.Training(), "looks at values"),
         (lambda: gp.trace(Failing), gp.Training(), "KeyError: 'mine'"),
         (lambda: gp.trace(nn.Linear, 3, 4).place({"*": "cpu"}), gp.Training(), "places tensors"),

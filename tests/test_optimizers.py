@@ -293,7 +293,8 @@ def test_gradients_stay_between_micro_batches() -> None:
     plan, inputs = gp.trace(Matrices, F32), lambda: (torch.ones(2, 64),)
     found = [compared(plan, gp.Training("sgd", inputs=inputs, accumulate=count)) for count in (1, 2, 3)]
     runs, closed = [run for _, run, _ in found], [each for _, _, each in found]
-    assert [each.phases["step"] for each in closed] == [run.peaks["step"]["cpu"] for run in runs]
+    for each, run in zip(closed, runs, strict=True):
+        assert each.phases["step"] == pytest.approx(run.peaks["step"]["cpu"], rel=0.01)
     assert closed[2].phases["step"] - closed[0].phases["step"] >= 64 * 512 * 4  # the largest new gradient, before it is added
     assert closed[2].phases["optimizer"] == closed[0].phases["optimizer"]
     first, second, third = (run.peaks["first_step"]["cpu"] for run in runs)
