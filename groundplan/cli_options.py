@@ -47,7 +47,7 @@ Tensor = Annotated[
 ComputeDtype = Annotated[str | None, typer.Option(metavar="DTYPE", help="FSDP computes in it; with --shard.")]
 ReduceDtype = Annotated[str | None, typer.Option(metavar="DTYPE", help="FSDP reduces gradients in it; with --shard.")]
 Svg = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the memory over time as a drawing, too.")]
-Png = Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as an image, too; needs the package cairosvg.")]
+Png = Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as an image, too; needs the package resvg-py.")]
 
 
 # -- training -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .explain import Explanation, explain
 from .planner.allocator_config import AllocatorConfig
 from .planner.calibration import Calibration
 from .planner.check import check_decisions
-from .planner.cluster import Cluster
+from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
 from .planner.estimate import memory, memory_of_run
 from .planner.inference import Inference
@@ -326,6 +326,34 @@ class Plan:
         from .runtime.quantize import quantizing
 
         return replace(self, _decided=self.decisions.quantize(quantizing(self._bound, self.decisions, config, filter)))
+
+    def fit(
+        self,
+        cluster: Cluster | str,
+        workload: Inference,
+        *,
+        disk: bool = False,
+        together: Sequence[str] | None = None,
+    ) -> Plan:
+        """Decide where everything goes, for serving on one node, a `gp.Cluster` or a string such as `"1x24GB+64GB-cpu"`.
+
+        One device has all of it, if one can; else each gets consecutive layers, and what is left lies in host memory, or on disk
+        if `disk` allows that: the fewest bytes that there is a way for, which is proven, with the cache and activations of
+        `workload` counted, the CUDA context, the allocator's rules and the margin of a verdict. `together` are patterns of
+        modules that are not divided, every layer that repeats if None. `materialize` carries the plan out.
+
+        Raises `FitError` where nothing fits, with what is missing and what would do: host memory, or int8 weights, if trying
+        that shows so. Raises `DecisionError` for `gp.Training`, for clusters of several nodes, and plans that have decided.
+
+        >>> plan = trace(lambda: torch.nn.Sequential(*(torch.nn.Linear(8192, 8192) for _ in range(40))))
+        >>> plan.fit("1x24GB", Inference(batch_size=1)).decisions.steps
+        (Move(kind='move', device='cuda:0'),)
+        >>> plan.fit("1x8GB+64GB-cpu", Inference(batch_size=1)).decisions.placing.main
+        'cuda:0'
+        """
+        from .fitting import fit
+
+        return replace(self, _decided=fit(self, cluster_of(cluster), workload, disk, together))
 
     def _own_rules(self, tensor: str) -> Mapping[str, str]:
         """The tensor parallel plan that a transformers model brings along."""

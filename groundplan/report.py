@@ -109,7 +109,7 @@ class Report(Shown):
     def to_png(self, path: str | os.PathLike[str], width: int = 1600) -> None:
         """The same as an image, `width` pixels wide, on a light ground.
 
-        Raises `DecisionError` where nothing is held, or the package `cairosvg`, which draws it, is not installed.
+        Raises `DecisionError` where nothing is held, or the package `resvg-py`, which draws it, is not installed.
         """
         write_png(path, alone(self._series(), self._whose, dark=False), width)
 

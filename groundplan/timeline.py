@@ -260,13 +260,19 @@ def alone(series: Series, name: str = "", dark: bool = True) -> Markup:
 def write_png(path: str | os.PathLike[str], svg: str, width: int) -> None:
     """Draw an SVG that stands alone to `path`, `width` pixels wide. Raises `DecisionError` where nothing is there to draw it."""
     try:
-        import cairosvg
-    except (ImportError, OSError) as error:  # OSError: the package is there, and the cairo library is not
+        import resvg_py
+        from font_source_sans_pro import SourceSansPro, SourceSansProSemibold
+    except ImportError as error:
         raise DecisionError(
-            f"a PNG is drawn by the package cairosvg, which cannot be imported ({error}): pip install 'groundplan[png]', or "
-            "write an SVG, which needs nothing"
+            f"a PNG is drawn by the packages resvg-py and font-source-sans-pro, which cannot be imported ({error}): "
+            "pip install 'groundplan[png]', or write an SVG, which needs nothing"
         ) from error
-    write_atomically(path, cairosvg.svg2png(bytestring=svg.encode(), output_width=width))
+    fonts = [SourceSansPro, SourceSansProSemibold]  # letters are the same on every machine
+    drawn = resvg_py.svg_to_bytes(svg_string=svg, width=width, sans_serif_family=_FONT, skip_system_fonts=True, font_files=fonts)
+    write_atomically(path, bytes(drawn))
+
+
+_FONT = "Source Sans Pro"
 
 
 _DARK = f"""

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .planner.calibration import Calibration, calibration_of
 from .planner.cluster import Cluster
+from .planner.cuda_left_out import LEFT_OUT
 from .planner.memory import Memory
 from .planner.verification import Check, Part, RankChecks, worst
 from .planner.workload import Training
@@ -37,7 +38,8 @@ _SHOWN_LARGEST = 2
 class Verification(Shown):
     """A plan that was built, and trained, for real: what each phase took beside what was predicted. All sizes are bytes.
 
-    `checks` are those of the rank that is off most, `rank(i)` those of any; `machine` is the kind of device that it ran on.
+    `checks` are those of the rank that is off most, `rank(i)` those of any; `machine` is the kind of device that it ran on,
+    and `left_out` what no prediction could know of its kernels and was measured with the rest.
     `module` is the module as the steps left it, with `plan.verify(keep=True)`, else None. `print(verification)` shows the table.
     """
 
@@ -46,6 +48,7 @@ class Verification(Shown):
     steps: int
     notes: tuple[str, ...] = ()
     communicators: int = 0
+    left_out: tuple[str, ...] = ()
     module: Any = field(default=None, compare=False)
 
     @property
@@ -88,7 +91,7 @@ class Verification(Shown):
 
     def calibration(self) -> Calibration:
         """What was measured, as something to predict with: `memory.fits(cluster, calibration=...)`."""
-        return calibration_of(self.machine, self.ranks, self.communicators)
+        return calibration_of(self.machine, self.ranks, self.communicators, self.left_out)
 
     def save_calibration(self, path: str | os.PathLike[str]) -> Calibration:
         """Add what was measured to the calibration at `path`, which is made where there is none; gives all that it then has.
@@ -218,9 +221,10 @@ def verified(
         devices=tuple(plan.memory(workload).devices),
     )
     ranks, module = verify(job, predicted, timeout)
-    return Verification(
-        decisions.constructor, tuple(ranks), steps, tuple(notes), plan.memory().communicators, module if keep else None
-    )
+    known = plan.memory(workload)
+    measured = tuple(each for each in known.left_out if each in LEFT_OUT)
+    kept = module if keep else None
+    return Verification(decisions.constructor, tuple(ranks), steps, tuple(notes), known.communicators, measured, kept)
 
 
 def _check(plan: Plan, workload: Training | None, steps: int) -> None:

@@ -8,16 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..tracer.errors import CalibrationError
-from .calibration import ENOUGH, Calibration, Correction
+from .calibration import Calibration, Correction
 from .catalog import Device
 from .cluster import Cluster, catalogued
 from .tiers import Tier
 
 if TYPE_CHECKING:
     from .verdict import Room
-
-MEASURED_INSTEAD = frozenset({"what CUDA's own kernels keep and need"})
-"""What a prediction leaves out and a verification measures; with `ENOUGH` of them it is not left out any more."""
 
 _ANY = 2**60
 
@@ -65,8 +62,7 @@ def calibrated(
     added = {"reserved beyond them": predicted[phase] - held, "as measured": correction.bias, **outside}
     added = {name: nbytes for name, nbytes in added.items() if nbytes or name in outside}
     kept = correction.error * predicted[phase] + correction.least * sum(outside.values(), start=correction.bias)
-    enough = correction.verifications >= ENOUGH
-    left_out = tuple(each for each in room.left_out if not enough or each not in MEASURED_INSTEAD)
+    left_out = tuple(each for each in room.left_out if each not in correction.included)
     return replace(room, phase=phase, tensors=held, added=added, margin=math.ceil(kept), left_out=left_out, calibrated=correction)
 
 

@@ -46,7 +46,8 @@ _WAY_OUT = "make it anew with verification.save_calibration(path)"
 class Measured(Record):
     """One phase of one verification: what `tier` predicted, and what each of its steps took.
 
-    `taken` is what was held outside torch's allocator, on CUDA with so many `communicators`.
+    `taken` is what was held outside torch's allocator, on CUDA with so many `communicators`. `left_out` is what the prediction
+    had left out of its bytes, and was measured with them.
     """
 
     phase: str
@@ -55,6 +56,7 @@ class Measured(Record):
     measured: Annotated[tuple[_Bytes, ...], Field(min_length=1)]
     taken: _Bytes
     communicators: Annotated[int, Field(ge=0)] = 0
+    left_out: tuple[str, ...] = ()
 
     @property
     def excess(self) -> int:
@@ -69,12 +71,16 @@ class Measured(Record):
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What a calibration says of one phase: bytes that come on top, a share kept free, and how many sizes were verified."""
+    """What a calibration says of one phase: bytes that come on top, a share kept free, and how many sizes were verified.
+
+    `included` is what predictions leave out and `ENOUGH` of these sizes were measured with.
+    """
 
     bias: int
     error: float
     least: float
     verifications: int
+    included: frozenset[str] = frozenset()
 
 
 class Calibration(Record):
@@ -83,7 +89,7 @@ class Calibration(Record):
     >>> once = Measured(phase="step", tier="T1", predicted=1000, measured=(1010, 1010), taken=300)
     >>> found = Calibration(machine="cpu", torch="2.13.0", records=(once,))
     >>> found.correction("step", "T1", 5000), found.correction("step", "T1", 50).bias
-    (Correction(bias=50, error=0.05, least=0.05, verifications=1), 10)
+    (Correction(bias=50, error=0.05, least=0.05, verifications=1, included=frozenset()), 10)
     >>> found.correction("step", "T1", 50_000) is None
     True
     """
@@ -119,7 +125,7 @@ class Calibration(Record):
         different = len({each.predicted for each in records})
         least = LEAST if different >= ENOUGH else LEAST_OF_FEW
         bias = max(max(each.excess, -(-each.excess * predicted // each.predicted)) for each in records)
-        return Correction(bias, max(least, spread), least, different)
+        return Correction(bias, max(least, spread), least, different, frozenset(_included(records)))
 
     def __add__(self, other: Calibration) -> Calibration:
         """Both together; raises `CalibrationError` where they are of two kinds of device or two versions of torch."""
@@ -161,20 +167,32 @@ def torch_version() -> str:
     return torch.__version__.partition("+")[0]
 
 
-def calibration_of(machine: str, ranks: Iterable[RankChecks], communicators: int = 0) -> Calibration:
+def _included(records: Iterable[Measured]) -> Iterator[str]:
+    """What was left out of predictions of enough different sizes."""
+    sizes: dict[str, set[int]] = {}
+    for record in records:
+        for name in record.left_out:
+            sizes.setdefault(name, set()).add(record.predicted)
+    yield from (name for name, found in sizes.items() if len(found) >= ENOUGH)
+
+
+def calibration_of(
+    machine: str, ranks: Iterable[RankChecks], communicators: int = 0, left_out: tuple[str, ...] = ()
+) -> Calibration:
     """The calibration that one verification makes: of its ranks, and devices, the one that took most in proportion.
 
+    `left_out` is what the verified prediction left out, of which nobody could know the bytes beforehand.
     On a machine with CUDA it is of its devices alone.
     """
     worst: dict[tuple[str, Tier], Measured] = {}
     for check in (check for each in ranks for check in each.checks if (check.device == HOST) == (machine == HOST)):
-        for record in _records(check, communicators):
+        for record in _records(check, communicators, left_out):
             place = record.phase, record.tier
             worst[place] = max(worst.get(place, record), record, key=lambda each: max(each.ratios))
     return Calibration(machine=machine, torch=torch_version(), records=tuple(worst.values()))
 
 
-def _records(check: Check, communicators: int) -> Iterator[Measured]:
+def _records(check: Check, communicators: int, left_out: tuple[str, ...]) -> Iterator[Measured]:
     """One for each tier that predicted the phase."""
     outside = check.taken if check.device != HOST else 0
     besides = max(0, check.whole - outside - check.measured)  # what the allocator keeps, or the process grew by
@@ -188,6 +206,7 @@ def _records(check: Check, communicators: int) -> Iterator[Measured]:
                 measured=measured,
                 taken=check.taken,
                 communicators=communicators,
+                left_out=left_out,
             )
 
 

@@ -206,9 +206,10 @@ def _peaks(changes: Iterable[Change]) -> dict[str, int]:
     now: dict[str, int] = {}
     peaks: dict[str, int] = {}
     for device, _, nbytes in changes:
-        now[device] = now.get(device, 0) + nbytes
-        peaks[device] = max(peaks.get(device, 0), now[device])
-    return peaks
+        now[device] = held = now.get(device, 0) + nbytes
+        if held > peaks.get(device, 0):
+            peaks[device] = held
+    return peaks | {device: 0 for device in now if device not in peaks}
 
 
 def _binding(by_device: Mapping[str, Mapping[str, int]], timelines: Mapping[str, Sequence[Change]]) -> Binding:

@@ -1,8 +1,8 @@
 """Serving fitted to the devices of one node: the device map that offloads the fewest bytes and fits, checked by the verdict.
 
 1. the model is a chain of units (`chain`), each with what a run of it keeps and needs where it runs
-2. the best partition of that chain between devices, host memory and disk (`partition`) is made a plan's placing
-3. the plan's memory is found out as for any plan, and held against the cluster; where a device falls short its room is made
+2. the best partition of that chain between devices, host memory and disk (`partition`) is made a plan
+3. the plan's memory is found out as for any plan, and held against the cluster; where a place falls short, its room is made
    smaller by what is missing, and 2. comes again
 """
 
@@ -18,19 +18,20 @@ from .chain import Chain, chain_of
 from .cluster import Cluster
 from .decisions import Decisions
 from .memory import Memory, human_bytes
-from .partition import DISK, HOST, Partition, Unit, partition
-from .placing import Placing, placing
+from .partition import DISK, HOST, Partition, partition
+from .placing import placing
 from .verdict import Room, Verdict
 
 _ROUNDS = 12
 _LEAST = 2**20  # bytes: a room is made smaller by no less, so that the search ends
+_WEIGHTS = ("parameter", "buffer")
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What was found: where each unit is (None where one device has all), with the memory and the verdict of that plan."""
+    """What was found: the decisions, with the memory and the verdict of that plan, and where each unit is."""
 
-    placing: Placing | None
+    decisions: Decisions
     memory: Memory
     verdict: Verdict
     chain: Chain
@@ -51,124 +52,129 @@ def fit_serving(
     disk: bool = False,
     together: Sequence[str] | None = None,
 ) -> Serving:
-    """The device map for serving on one node of `cluster`; `run` is serving on one device, `memory_of` what a plan takes.
+    """The plan for serving on one node of `cluster`; `run` is serving on one device, `memory_of` what a plan takes.
 
     The best that "fits", or else the best that is "tight". Nothing is put on disk unless `disk`. Raises `FitError` where nothing
     is found, with what is missing.
     """
-    chain = _with_needs(chain_of(graph, decisions, together), run)
+    chain = with_needs(chain_of(graph, decisions, together), run)
+    rooms, host = [device.memory for device in cluster.devices], cluster.host_memory or 0
     tight: Serving | None = None
     missing: tuple[Room, ...] = ()
-    rooms = [device.memory for device in cluster.devices]
-    host = cluster.host_memory or 0
     for _ in range(_ROUNDS):
         found = partition(chain.units, rooms, host, disk, chain.resident_bytes)
         if found is None:
             break
-        tried = _tried(graph, decisions, cluster, chain, found, memory_of)
+        chosen = _decided(graph, decisions, chain, found)
+        memory = memory_of(chosen)
+        tried = Serving(chosen, memory, memory.fits(cluster), chain, found)
         if tried.verdict.verdict == "fits":
             return tried
         if tried.verdict.verdict == "tight":
             tight = tight or tried
-        else:
-            missing = missing or tried.verdict.rooms
-        shortage = dict(_shortages(tried.verdict, cluster))
-        if not shortage:  # what is left out of the prediction makes it tight, and no other map would change that
+        missing = missing or tuple(room for room in tried.verdict.rooms if room.left < 0)
+        short = {
+            room.place.partition(" ")[0]: max(room.margin - room.left, _LEAST) for room in tried.verdict.rooms if _is_short(room)
+        }
+        if not short:  # what the prediction leaves out makes it tight, and no other map would change that
             break
-        rooms = [room - shortage.get(f"cuda:{index}", 0) for index, room in enumerate(rooms)]
-        host -= shortage.get("host", 0)
+        rooms = [max(room - short.get(f"cuda:{index}", 0), 0) for index, room in enumerate(rooms)]
+        host = max(host - short.get("host", 0), 0)
     if tight is None:
-        raise FitError(_nothing(graph, chain, cluster, missing))
+        raise FitError(_nothing(chain, cluster, missing))
     return tight
 
 
-def _tried(
-    graph: ParamGraph,
-    decisions: Decisions,
-    cluster: Cluster,
-    chain: Chain,
-    found: Partition,
-    memory_of: Callable[[Decisions], Memory],
-) -> Serving:
-    used = set(found.homes)
-    if len(used) == 1 and min(used) >= 0:
-        index, placed = min(used), None
-        chosen = decisions.to(f"cuda:{index}")
-    else:
-        placed = placing(dict(_rules(chain, found)), graph)
-        chosen = decisions.place(placed)
-    memory = memory_of(chosen)
-    return Serving(placed, memory, memory.fits(cluster), chain, found)
+def _is_short(room: Room) -> bool:
+    return room.left < room.margin or bool(room.retries)
+
+
+def _decided(graph: ParamGraph, decisions: Decisions, chain: Chain, found: Partition) -> Decisions:
+    """One device that has all of it needs no hooks; else there is a rule for every module of a unit."""
+    homes = set(found.homes)
+    if len(homes) == 1 and min(homes) >= 0:
+        return decisions.to(f"cuda:{min(homes)}")
+    return decisions.place(placing(dict(_rules(chain, found)), graph))
 
 
 def _rules(chain: Chain, found: Partition) -> Iterator[tuple[str, str]]:
-    """A rule for each module of a unit; the main device comes first, as accelerate takes the first one for it."""
-    main = f"cuda:{found.main}"
-    names = {HOST: "cpu", DISK: "disk"}
-    entries = [
-        (module, names.get(home, f"cuda:{home}"))
-        for modules, home in zip(chain.modules, found.homes, strict=True)
-        for module in modules
-    ]
-    yield from sorted(entries, key=lambda entry: entry[1] != main)
+    """The main device's rules come first, as accelerate runs what is offloaded on the first device that is named."""
+    main, names = f"cuda:{found.main}", {HOST: "cpu", DISK: "disk"}
+    pairs = zip(chain.modules, found.homes, strict=True)
+    entries = [(module, names.get(home, f"cuda:{home}")) for modules, home in pairs for module in modules]
+    yield from sorted(_ranges(entries), key=lambda entry: entry[1] != main)
     if chain.resident or not any(device == main for _, device in entries):
         yield "*", main
 
 
-def _shortages(verdict: Verdict, cluster: Cluster) -> Iterator[tuple[str, int]]:
-    """Bytes by which each place falls short of "fits"."""
-    for room in verdict.rooms:
-        short = room.margin - room.left
-        if short > 0 or room.retries:
-            name = room.place.partition(" ")[0]
-            yield ("host" if name == "host" else name), max(short, _LEAST)
+def _ranges(entries: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same with numbers that follow each other on one device in one pattern.
+
+    >>> _ranges([("layers.0", "cpu"), ("layers.1", "cpu"), ("layers.2", "disk"), ("head", "disk")])
+    [('layers.0-1', 'cpu'), ('layers.2', 'disk'), ('head', 'disk')]
+    """
+    found: list[tuple[str, str]] = []
+    for module, device in entries:
+        parent, _, number = module.rpartition(".")
+        if found and number.isdecimal() and found[-1][1] == device:
+            before, _, last = found[-1][0].rpartition(".")
+            first, _, end = last.partition("-")
+            if before == parent and first.isdecimal() and int(end or first) + 1 == int(number):
+                found[-1] = (f"{parent}.{first}-{number}".lstrip("."), device)
+                continue
+        found.append((module, device))
+    return found
 
 
 # -- what a run says of each unit ---------------------------------------------------------------------------------------
 
 
-def _with_needs(chain: Chain, run: Timeline) -> Chain:
-    """The chain with what each unit keeps of the cache and needs while it runs; what nobody makes is any unit's need."""
+def with_needs(chain: Chain, run: Timeline) -> Chain:
+    """The chain with what each unit keeps of the cache, and needs while it runs.
+
+    What no unit makes (masks, positions) is there whatever runs, so it is a need of all of them.
+    """
     homes = {name: number for number, names in enumerate(chain.modules) for name in names}
-    caches, needs = [0] * len(chain.units), [0] * len(chain.units)
+    caches = _peaks(run, homes, lambda kind: kind == "KV cache")
+    needs = _peaks(run, homes, lambda kind: kind not in (*_WEIGHTS, "KV cache"))
+    shared = needs.get(None, 0)
+    units = (
+        replace(unit, cache=unit.cache + caches.get(number, 0), working=needs.get(number, 0) + shared)
+        for number, unit in enumerate(chain.units)
+    )
+    return replace(chain, units=tuple(units))
+
+
+def _peaks(run: Timeline, homes: Mapping[str, int], counts: Callable[[str], bool]) -> dict[int | None, int]:
+    """The most that each unit's modules have at once, of the kinds that count."""
     now: dict[int | None, int] = {}
     most: dict[int | None, int] = {}
-    kept: dict[int | None, int] = {}
     for moment in run.moments:
         each = run.allocations[moment.allocation]
-        if each.kind in ("parameter", "buffer"):
-            continue
-        home, sign = _home(each.module, homes), 1 if moment.born else -1
-        held = kept if each.kind == "KV cache" else now
-        held[home] = held.get(home, 0) + sign * each.nbytes
-        for number, peak in ((home, held[home]),):
-            if held is now:
-                most[number] = max(most.get(number, 0), peak)
-            else:
-                caches_of = kept[home]
-                if home is not None:
-                    caches[home] = max(caches[home], caches_of)
-    for number in range(len(needs)):
-        needs[number] = most.get(number, 0) + most.get(None, 0)
-    units = tuple(
-        replace(unit, cache=unit.cache + cache, working=need)
-        for unit, cache, need in zip(chain.units, caches, needs, strict=True)
-    )
-    return replace(chain, units=units)
+        if counts(each.kind):
+            home = _home(each.module, homes)
+            now[home] = now.get(home, 0) + (each.nbytes if moment.born else -each.nbytes)
+            most[home] = max(most.get(home, 0), now[home])
+    return most
 
 
 def _home(module: str, homes: Mapping[str, int]) -> int | None:
-    parts = module.split(".")
-    return next((homes[name] for count in range(len(parts), -1, -1) if (name := ".".join(parts[:count])) in homes), None)
+    """The unit that a module is a part of."""
+    while module not in homes:
+        if not module:
+            return None
+        module = module.rpartition(".")[0]
+    return homes[module]
 
 
 # -- nothing fits -------------------------------------------------------------------------------------------------------
 
 
-def _nothing(graph: ParamGraph, chain: Chain, cluster: Cluster, missing: Sequence[Room]) -> str:
-    """What is missing where, in the best map that there is, or the unit that no device has room for."""
-    weights = sum(unit.nbytes + unit.cache for unit in chain.units) + chain.resident_bytes
-    short = "; ".join(room.describe() for room in missing if room.left < 0)
-    largest = max(chain.units, key=lambda unit: unit.streamed)
-    why = short or f"the largest part brought to a device at a time, of {largest.name}, is {human_bytes(largest.streamed)}"
-    return f"nothing fits {cluster}: weights and cache take {human_bytes(weights)}, and {why}"
+def _nothing(chain: Chain, cluster: Cluster, missing: Sequence[Room]) -> str:
+    """What is missing where in the best map that there is; without any, what the devices would have to hold."""
+    weights = sum(unit.nbytes for unit in chain.units) + chain.resident_bytes
+    cache, need = sum(unit.cache for unit in chain.units), max(unit.working for unit in chain.units)
+    held = f"weights take {human_bytes(weights)}, cache and buffers {human_bytes(cache)}, running {human_bytes(need)} more"
+    has = human_bytes(sum(device.memory for device in cluster.devices))
+    short = "".join(f"; {room.describe()}" for room in missing)
+    return f"nothing fits {cluster}: {held}, and its devices have {has}{short}"

@@ -195,15 +195,15 @@ class _Turns:
         yield made
         if fsdp.on_cpu and fsdp.ranks > 1:
             yield from _passing(Extra("temporary", self._label(unit), sent * fsdp.ranks))
+        reduced = made
         if any(part.itemsize != self._sent_itemsize(part) for part in unit.parts):
-            reduced = made
             made = Extra(_BUFFER, self._label(unit), sum(part.numel * part.itemsize for part in unit.parts))
             yield made
-            if fsdp.copies > 1:
-                self.kept.append(replace(reduced, count=self.times))
-            else:
-                yield replace(reduced, count=-1)
-        yield replace(made, count=-1)
+        converted = made is not reduced
+        stays = fsdp.copies > 1 and (converted or fsdp.accumulates or fsdp.offload)  # `_all_reduce_state`, if it is no gradient
+        if stays:
+            self.kept.append(replace(reduced, count=self.times))
+        yield from (replace(each, count=-1) for each in ([reduced] if not stays else []) + ([made] if converted else []))
         if not fsdp.offload and not fsdp.accumulates:
             yield from (Extra("gradient", part.name, part.numel * part.itemsize) for part in unit.parts)
 

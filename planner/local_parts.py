@@ -8,7 +8,7 @@ same ones, along dim 1 where there are more ranks than experts (torchtitan/distr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..tracer.graph import ParamGraph, TensorNode
@@ -91,6 +91,7 @@ class LocalParts:
     sharding: Sharding
     graph: ParamGraph
     place: Mapping[str, int]
+    _shapes: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of_rank(cls, sharding: Sharding, graph: ParamGraph, rank: int) -> LocalParts:
@@ -106,16 +107,21 @@ class LocalParts:
 
     def cut(self, tensor: TensorNode) -> Cut | None:
         """How the tensor axis divides it; experts it leaves to the expert axis, which takes the same ranks."""
-        cuts = {} if self.expert(tensor) is not None else self._cuts
-        return next((cuts[name] for name in tensor.names if name in cuts), None)
+        if not self._cuts or self.expert(tensor) is not None:
+            return None
+        return next((self._cuts[name] for name in tensor.names if name in self._cuts), None)
 
     def expert(self, tensor: TensorNode) -> Expert | None:
         """Which expert's it is, where the expert axis divides it."""
-        return next((self._experts[name] for name in tensor.names if name in self._experts), None)
+        return next((self._experts[name] for name in tensor.names if name in self._experts), None) if self._experts else None
 
     def is_sharded(self, tensor: TensorNode) -> bool:
         """Whether FSDP divides it."""
-        return self.sharding.shards and tensor.kind == "parameter"
+        return self._shards and tensor.kind == "parameter"
+
+    @cached_property
+    def _shards(self) -> bool:
+        return self.sharding.shards
 
     def is_divided(self, tensor: TensorNode) -> bool:
         """Whether it is a DTensor on its ranks: FSDP, the tensor or the expert axis divides it."""
@@ -137,8 +143,11 @@ class LocalParts:
         sharded, expert = self.is_sharded(tensor), self.expert(tensor)
         if expert is not None:
             return expert_shape(tensor.shape, expert, sharded, self.sharding, self.place, first)
-        place = {**self.place, "shard": 0, "context": 0} if first else self.place
-        return local_shape(tensor.shape, self.cut(tensor), sharded, self.sharding, place)
+        key = (tensor.shape, cut := self.cut(tensor), sharded, first)  # layers that repeat have the same
+        if key not in self._shapes:
+            place = {**self.place, "shard": 0, "context": 0} if first else self.place
+            self._shapes[key] = local_shape(tensor.shape, cut, sharded, self.sharding, place)
+        return self._shapes[key]
 
 
 def distinct_ranks(sharding: Sharding | None) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ looked at, and *marks* between them, where a module begins or ends its forward o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -120,6 +120,11 @@ class Profile:
             if names != [name]:
                 return names
         return [name]
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """What each allocation is, layers that repeat taken together."""
+        return tuple(replace(each, module=self.class_of(each.module)).describe() or each.kind for each in self.allocations)
 
     def class_of(self, module: str) -> str:
         """The name of a module, with a `*` for the number of a layer that repeats."""

@@ -157,6 +157,7 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
     """What a rank holds of every tensor, in the order in which they are made: whole ones first."""
     sharding = decisions.sharding or Sharding(axes=(Axis(name="dp_replicate", size=1),))
     parts = LocalParts.of_rank(sharding, graph, rank)
+    together = None if decisions.placing is not None else _device_of_all(graph, decisions)
     for made in _made(graph):
         tensor = made.tensor
         if (shape := parts.shape(tensor)) is None:
@@ -164,7 +165,7 @@ def _held(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Held]:
         numel = math.prod(shape)
         held = Held(
             tensor,
-            _device(tensor, graph, decisions),
+            together or _placed(tensor, decisions),
             shape,
             numel,
             padded=math.prod(parts.shape(tensor, first=True) or ()) if parts.is_sharded(tensor) else numel,
@@ -228,12 +229,16 @@ def _quantized(held: Held, decisions: Decisions) -> Held:
     return replace(held, numel=0, padded=0, quantized=sum(made), working=max(held.working, working) + whole, trains=False)
 
 
-def _device(tensor: TensorNode, graph: ParamGraph, decisions: Decisions) -> str:
-    """Where `materialize` puts it: where the plan says, in host memory, or where the constructor's default is."""
-    if decisions.placing is not None:
-        placed = decisions.placing.device_for(tensor) or HOST
-        placed = decisions.placing.main if placed == DISK and tensor.kind != "parameter" else placed
-        return "cuda:0" if placed == "cuda" else placed
+def _placed(tensor: TensorNode, decisions: Decisions) -> str:
+    """Where `materialize` puts it by the plan's placing."""
+    assert decisions.placing is not None
+    placed = decisions.placing.device_for(tensor) or HOST
+    placed = decisions.placing.main if placed == DISK and tensor.kind != "parameter" else placed
+    return "cuda:0" if placed == "cuda" else placed
+
+
+def _device_of_all(graph: ParamGraph, decisions: Decisions) -> str:
+    """Where `materialize` puts all tensors: in host memory, or where the constructor's default is."""
     offload = decisions.sharding is not None and decisions.sharding.offload
     return HOST if offload else computing_device(graph, decisions)
 

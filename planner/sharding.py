@@ -23,6 +23,7 @@ from pydantic import Field, StringConstraints, field_validator
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph
+from .kept import kept_with
 from .records import Record, dtype_name, dtype_named
 
 Role = Literal["pipeline", "replicate", "shard", "context", "tensor", "expert"]
@@ -175,9 +176,12 @@ class Sharding(Record):
 
     def unit_names(self, graph: ParamGraph) -> list[str]:
         """The modules that are units, inner ones first; the module as a whole, which is one too, is not named."""
-        named = [module.name for module in graph.modules if module.name]
-        names = [name for name in named if any(matches(pattern, name) for pattern in self.units)]
-        return sorted(names, key=lambda name: -name.count("."))
+        known = kept_with(graph)
+        if ("units", self.units) not in known:
+            named = [module.name for module in graph.modules if module.name]
+            names = [name for name in named if any(matches(pattern, name) for pattern in self.units)]
+            known["units", self.units] = sorted(names, key=lambda name: -name.count("."))
+        return list(known["units", self.units])
 
     def cuts(self, graph: ParamGraph) -> dict[str, Cut]:
         """How the tensor axis divides each parameter that it divides, by the parameter's name, every one of a tied one's."""
@@ -192,8 +196,8 @@ class Sharding(Record):
     def styles(self, graph: ParamGraph) -> dict[str, str]:
         """The style of every parameter and module that a rule matches: a module's parameters come before it, with its style."""
         found: dict[str, str] = {}
-        own = parameters_by_module(graph)
-        for module in graph.modules:
+        own = parameters_by_module(graph) if self.tensor else {}
+        for module in graph.modules if self.tensor else ():
             style = self._style_of(module.name)
             for name in own.get(module.name, ()):
                 if (each := self._style_of(name) or style) is not None:

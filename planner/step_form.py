@@ -159,5 +159,4 @@ def _of_allocation(profile: Profile, index: int, count: int) -> Iterator[Held]:
     if each.kind == "gradient" and count > 0:
         yield from (Held(each.kind, name, each.nbytes) for name in profile.names_of(each.name)[-count:])
     else:  # below 0 where the next layer's turn lets it go: it is that of the layer before, which has the same name here
-        label = replace(each, module=profile.class_of(each.module)).describe() or each.kind
-        yield Held(each.kind, label, count * each.nbytes)
+        yield Held(each.kind, profile.labels[index], count * each.nbytes)

@@ -96,7 +96,6 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 _SHARED = (
     aten.mm.default,  # cuda/Blas.cpp `prepare_matrix_for_cublas`
-    aten.addmm.default,
     aten.roll.default,  # TensorTransformations.h `roll_common`
     aten.cumsum.default,  # ReduceOps.cpp `impl_func_cum_ops`
     aten.embedding.default,  # Embedding.cpp `embedding_symint`
@@ -107,6 +106,7 @@ _SHARED = (
 
 TABLE: Mapping[Any, Entry] = {
     **{op: CPU_TABLE[op] for op in _SHARED},
+    aten.addmm.default: CPU_TABLE[aten.mm.default],
     aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_attention_backward,
     aten.embedding_dense_backward.default: _embedding_backward,

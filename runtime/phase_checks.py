@@ -86,7 +86,7 @@ class PhaseChecks:
             return attributed([], [], check.difference)
         real = held_at(looked.peaks[here], self._known, KERNELS if looked.watched else "temporary")
         if check.run is None:
-            real = [_counted(each, self._predicted.closed_form) for each in real]
+            real = [_counted(each, check.phase, self._predicted.closed_form) for each in real]
         return attributed(self._guess(check, span), real, check.difference)
 
     def _guess(self, check: Check, span: Span) -> list[Held]:
@@ -100,9 +100,10 @@ class PhaseChecks:
 _COUNTED = "counted by the closed form"
 
 
-def _counted(each: Held, memory: Memory) -> Held:
-    """The same, with the closed form's own kind where that counts it."""
-    if each.kind == KERNELS or ("activations" in memory.left_out and each.kind not in _KEPT):
+def _counted(each: Held, phase: str, memory: Memory) -> Held:
+    """The same, with the closed form's own kind where that counts it: inputs and activations within a step only."""
+    passing = phase not in (FIRST_STEP, STEP, OPTIMIZER) or "activations" in memory.left_out
+    if each.kind == KERNELS or (passing and each.kind not in _KEPT):
         return each
     return replace(each, kind=_COUNTED, what="closed form")
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ..planner.allocations import Allocation
 from ..planner.profile import Profile
 from ..planner.workload import Training
 from .allocations import Allocations
@@ -82,7 +83,13 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
             found.phase(_RUN)
         for handle in handles:
             handle.remove()
-    return cut(found.stream(), found.timeline(traced.device, "cpu").allocations, runs, frozenset(found.early))
+    return cut(found.stream(), tuple(_on_device(found, traced.device)), runs, frozenset(found.early))
+
+
+def _on_device(found: Followed, device: str) -> Iterator[Allocation]:
+    """What was found, where what is in host memory, as generators' states are on CUDA, takes nothing of the device."""
+    for each in found.timeline(device, "cpu").allocations:
+        yield each if each.device == device else replace(each, nbytes=0)
 
 
 def _run_positions(run: Run) -> Iterator[int]:

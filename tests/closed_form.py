@@ -43,6 +43,7 @@ class DeepRecurrent(Recurrent):
 
 _WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 _LAYERS = _WIDTHS | {"num_hidden_layers": 7}
+_PATTERN = ["sliding_attention", "sliding_attention", "full_attention"]
 _HEADS = {"num_key_value_heads": 2}
 
 DEEP: dict[str, Callable[[], nn.Module]] = {
@@ -78,22 +79,21 @@ DEEP: dict[str, Callable[[], nn.Module]] = {
         head_dim=8,
         sliding_window=8,
         num_hidden_layers=17,
-        layer_types=[*(["sliding_attention"] * 2 + ["full_attention"]) * 5, "sliding_attention", "sliding_attention"],
+        layer_types=[*_PATTERN * 5, *_PATTERN[:2]],
         **_WIDTHS,
         **_HEADS,
     ),
     "nn.Transformer": lambda: nn.Transformer(32, 4, 6, 5, 64, batch_first=True),
     "LSTM": DeepRecurrent,
-    "convolutions": SHALLOW["convolutions"].build,
+    "ResNet": SHALLOW["ResNet"].build,
 }
 
 
 def inputs_of(model: str, batch: int, length: int) -> Any:
     """The inputs of one micro-batch."""
     tokens = torch.ones(batch, length, dtype=torch.int64)
-    if model in ("ViT", "convolutions"):
-        image = torch.ones(batch, 3, 32, 32)
-        return {"pixel_values": image} if model == "ViT" else (image,)
+    if model in ("ViT", "ResNet"):
+        return {"pixel_values": torch.ones(batch, 3 if model == "ViT" else 1, 32, 32)}
     if model == "nn.Transformer":
         return torch.ones(batch, length, 32), torch.ones(batch, length + 2, 32)
     return (tokens,) if model == "LSTM" else {"input_ids": tokens, "labels": tokens}
@@ -178,7 +178,9 @@ def _drawn(source: random.Random) -> Configuration:
         "accumulate": source.choice([1, 1, 1, 2]),
     }
     device = source.choice(["cpu", "cuda"])
-    return Configuration(model, device, axes, options, training, source.choice([1, 2, 4]), source.choice([8, 16, 32]))
+    batch = source.choice([1, 2, 4])
+    batch = 2 if model == "ResNet" else batch  # a batch norm takes no single value in a channel
+    return Configuration(model, device, axes, options, training, batch, source.choice([8, 16, 32]))
 
 
 def _reshard(source: random.Random, axes: Mapping[str, int]) -> bool | int:

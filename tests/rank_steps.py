@@ -117,7 +117,6 @@ SHORT = [
     _case("Llama", {"dp": 2}, {"clip_grad_norm": 1.0, "checkpointing": "full"}, **MIXED),
     _case("nn.Transformer", {"dp": 2}),
     _case("Llama", {"tp": 2}, tensor="auto"),
-    _case("Llama", {"ddp": 2}),
     _case("BERT", {"dp": 4}, **MIXED),
     _case("Llama", {"dp": 2, "tp": 2}, {"clip_grad_norm": 1.0}),
 ]

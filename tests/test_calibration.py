@@ -172,14 +172,20 @@ def test_communicators_that_were_not_there_come_on_top() -> None:
 
 
 def test_what_is_left_out_was_measured_only_by_several() -> None:
-    plan, workload = gp.trace(nn.Linear, 64, 64).to("cuda"), gp.Training("sgd", batch_size=2)
-    found = plan.memory(workload, tier="T1")
+    plan, workload = gp.trace(nn.Conv1d, 64, 64, 3).to("cuda"), gp.Training("sgd", inputs=(torch.ones(2, 64, 8),))
+    found = plan.memory(workload, tier="T2")
     assert found.left_out, "or the next lines say nothing"
-    phases = {phase: devices["cuda:0"] for phase, devices in found.by_device.items()}
-    tiers = {phase: "T1" if phase in ("first_step", "step", "optimizer") else "T0" for phase in phases}
-    records = [[once(times * nbytes, phase=phase, tier=tiers[phase]) for phase, nbytes in phases.items()] for times in (1, 2, 3)]
+    phases = {phase: usages["cuda:0"].reserved for phase, usages in found.reserved.items()}
+    tiers = {phase: "T2" if phase in ("first_step", "step", "optimizer") else "T0" for phase in phases}
+    records = [
+        [once(times * nbytes, phase=phase, tier=tiers[phase], left_out=found.left_out) for phase, nbytes in phases.items()]
+        for times in (1, 2, 3)
+    ]
     assert found.fits("H100", calibration=calibration(*records[0] * 3)).verdict == "tight"
     assert found.fits("H100", calibration=calibration(*records[0], *records[1], *records[2])).verdict == "fits"
+    others = [[record.model_copy(update={"left_out": ()}) for record in each] for each in records]
+    linear = calibration(*others[0], *others[1], *others[2])
+    assert found.fits("H100", calibration=linear).verdict == "tight", "verified models had no such kernels"
     several = calibration(once(GB), once(2 * GB), once(3 * GB))
     assert memory(GB, left_out=("activations",)).fits("H100", calibration=several).verdict == "tight"
 

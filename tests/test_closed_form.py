@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from groundplan.planner.estimate import RESERVED
 from groundplan.planner.fsdp_form import Fsdp, Part, Unit, with_fsdp
 from groundplan.planner.profile import Block, Event, Mark, Profile, Stretch, stretch
 from groundplan.planner.step_form import Extra, Script, between, held_at, peak_of, plain
+from groundplan.planner.verdict import MARGIN, Room
 from groundplan.runtime import profiling
 from groundplan.runtime.profiles import profile_of
 from groundplan.runtime.skipped_layers import Run, flattened, rebuilt, runs_of
@@ -52,13 +52,13 @@ def compared(configuration: Configuration) -> tuple[gp.Memory, gp.Memory]:
 
 
 def check_no_wrong_fits(closed: gp.Memory, run: gp.Memory, source: random.Random) -> None:
-    """Near the peak, where the closed form says "fits", the run and all that comes on top have room."""
-    for _ in range(20):
-        usable = int((run.peak + 3e9) * source.uniform(0.5, 2)) + 2**20
-        text = f"{max(run.ranks, 1)}x{usable / 1e9:.6f}GB" if run.binding.device != "cpu" else f"{usable / 1e9:.6f}GB-cpu"
-        said = replace(closed, left_out=()).fits(text)
-        if said.verdict == "fits":
-            assert all(room.left >= 0 for room in run.fits(text).rooms)
+    """Where the closed form says "fits" of memory near the peak, the run has room."""
+    said = set()
+    for usable in (int(run.peak * source.uniform(0.8, 1.6)) for _ in range(50)):
+        room = Room("", closed.binding.phase, closed.peak, {}, int(MARGIN * closed.peak) + 1, usable)
+        said.add(room.verdict)
+        assert room.verdict != "fits" or run.peak <= usable
+    assert {"fits", "does not fit"} <= said
 
 
 SAMPLE = CONFIGURATIONS[:10]
@@ -116,7 +116,10 @@ class Glued(nn.Module):
         return value
 
 
-@pytest.mark.parametrize("between", [torch.tanh, torch.relu_], ids=["tanh", "relu_"])
+BETWEEN: list[Any] = [torch.tanh, torch.relu_]
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=["tanh", "relu_"])
 def test_layers_that_cannot_be_skipped_are_run(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
     plan, training = gp.trace(Glued, between), gp.Training("sgd", inputs=(torch.ones(64, 8),))
     assert plan.memory(training).phases["step"] == plan.memory(training, tier="T1").phases["step"]
@@ -170,8 +173,8 @@ class Failing(Looking):
 @pytest.mark.parametrize(
     ("plan", "training", "reason"),
     [
-        (lambda: gp.trace(DEEP["Llama"]), gp.Training(), "say how long: gp.Training"),
-        (lambda: gp.trace(nn.Bilinear, 2, 3, 4), gp.Training(), "say gp.Training.inputs="),
+        (lambda: gp.trace(DEEP["Llama"]), gp.Training(), "say how long: seq_len="),
+        (lambda: gp.trace(nn.Bilinear, 2, 3, 4), gp.Training(), "say inputs="),
         (lambda: gp.trace(Looking), gp.Training(), "looks at values"),
         (lambda: gp.trace(Failing), gp.Training(), "KeyError: 'mine'"),
         (lambda: gp.trace(nn.Linear, 3, 4).place({"*": "cpu"}), gp.Training(), "places tensors"),

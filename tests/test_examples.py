@@ -98,6 +98,12 @@ class MyModel(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
         self.lm_head = nn.Linear(width, width)
 
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            value = torch.relu(layer(value))
+        scores: torch.Tensor = self.lm_head(value)
+        return scores
+
 
 def readme_code() -> dict[str, list[str]]:
     """The README's Python blocks, by the heading that they are under."""
@@ -121,11 +127,12 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchao")
+    for needed in ("torchao", "transformers", "resvg_py"):
+        pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
     code = [block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS) for block in blocks]
-    assert len(code) == 6
+    assert len(code) == 8
     for each in code:
         exec(each, names)
         torch.manual_seed(0)
@@ -134,7 +141,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
     """In one process: the first block as it stands, FSDP1, the last until it needs sixteen, and what it places without a GPU."""
-    by_hand, by_unit, by_plan = readme_code()[SHARDED]
+    by_hand, by_unit, by_plan, reckoned = readme_code()[SHARDED]
     mesh = init_device_mesh("cpu", (1,))
     names: dict[str, Any] = {"gp": gp, "torch": torch, "MyModel": MyModel, "config": 8, "mesh": mesh, "fully_shard": fully_shard}
     exec(by_hand, names)
@@ -152,6 +159,8 @@ def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
     exec(decided, names)
     assert names["plan"].decisions.sharding.describe() == "dp_shard=8 x tp=2"
     assert "place(" in built
+    names["plan"] = gp.trace(llama)
+    exec(reckoned.replace('"pp": 4', '"pp": 2').replace(', "ep": 8', ""), names)  # the small model has two layers, no experts
     names["plan"] = gp.trace(MyModel, 8)
     with pytest.raises(gp.GroundplanError, match="cuda:0"):
         exec(built.partition("\n\n")[2], names)
@@ -181,13 +190,16 @@ def llama() -> nn.Module:
 def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
-    lines = re.findall(r"^\$ groundplan (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["report", "report", "report", "explain", "materialize", "doctor"]
-    for line in (*lines[1:4], lines[5]):  # the first is the user's own model, the fifth writes gigabytes
+    text = README.read_text(encoding="utf-8").replace("\\\n", "")
+    lines = re.findall(r"^\$ groundplan (.*)$", text, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["report", "report", "report", "report", "explain", "materialize", "doctor"]
+    for line in (*lines[1:5], lines[6]):  # the first is the user's own model, the sixth writes gigabytes
+        for name in ("report.html", "memory.svg"):
+            line = line.replace(name, str(tmp_path / name))
         with pytest.raises(SystemExit) as ended:
-            cli.main(shlex.split(line.replace("report.html", str(tmp_path / "report.html"))))
+            cli.main(shlex.split(line))
         assert not ended.value.code, capsys.readouterr().err
-    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "report.html").exists() and (tmp_path / "memory.svg").exists()
 
 
 def test_the_readmes_files_are_there() -> None:

@@ -220,7 +220,7 @@ def test_the_closed_form_stands_beside() -> None:
     assert json.loads(json.dumps(found)) == found and found["tier"] == "T1"
     plan = gp.trace(MODELS["Llama"].build).to("cuda").shard({"dp": 2})
     cuda = plan.memory(gp.Training(inputs=TEXT), tier="T1")
-    assert cuda.left_out and cuda.fits("2xH100-80GB+64GB-cpu").verdict == "tight"
+    assert cuda.left_out and cuda.fits("2xH100-80GB+64GB-cpu").verdict == "fits", "where what is reserved counts"
 
 
 def test_ddp_holds_every_gradient_once_more_in_buckets_of_their_own_sizes() -> None:

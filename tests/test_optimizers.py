@@ -123,10 +123,6 @@ def compared(plan: gp.Plan, training: gp.Training) -> tuple[gp.Memory, Timeline,
     return found, found.run, found.closed_form
 
 
-def inputs_of(run: Timeline) -> int:
-    return sum(each.nbytes for each in run.allocations if each.kind == "input")
-
-
 def state_in(run: Timeline, device: str) -> int:
     return sum(each.nbytes for each in run.allocations if each.kind == "optimizer state" and each.device == device)
 
@@ -149,8 +145,7 @@ def test_the_closed_form_is_what_a_run_takes(model: str) -> None:
         _, run, closed = compared(plan, gp.Training(name, inputs=SIX[model].inputs, implementation=implementation))
         for device in ("cuda:0", "cpu"):
             assert state_of(closed, device) == state_in(run, device), (name, implementation, device)
-        peak = run.peaks[OPTIMIZER]["cuda:0"] - inputs_of(run)
-        assert closed.by_device["optimizer"]["cuda:0"] == peak, (name, implementation)
+        assert closed.by_device["optimizer"]["cuda:0"] == run.peaks[OPTIMIZER]["cuda:0"], (name, implementation)
         assert run.peaks[FIRST_OPTIMIZER]["cuda:0"] <= run.peaks[OPTIMIZER]["cuda:0"]
 
 
@@ -161,7 +156,7 @@ def test_on_the_cpu_what_kernels_take_comes_on_top(model: str) -> None:
         training = gp.Training(name, inputs=SIX[model].inputs, implementation=implementation, clip_grad_norm=1.0)
         _, run, closed = compared(plan, training)
         scratch = max((each.nbytes for each in run.allocations if "scratch" in each.op), default=0)
-        more = run.peaks[OPTIMIZER]["cpu"] - inputs_of(run) - closed.by_device["optimizer"]["cpu"]
+        more = run.peaks[OPTIMIZER]["cpu"] - closed.by_device["optimizer"]["cpu"]
         assert 0 <= more <= scratch, (name, implementation)
 
 
@@ -296,10 +291,12 @@ def test_adafactor_is_refused_where_parameters_are_divided() -> None:
 
 def test_gradients_stay_between_micro_batches() -> None:
     plan, inputs = gp.trace(Matrices, F32), lambda: (torch.ones(2, 64),)
-    one, three = (plan.memory(gp.Training("sgd", inputs=inputs, accumulate=count)) for count in (1, 3))
-    assert three.phases["step"] == one.phases["step"] + 64 * 512 * 4  # the largest new gradient, before it is added
-    assert three.phases["optimizer"] == one.phases["optimizer"]
-    runs = [compared(plan, gp.Training("sgd", inputs=inputs, accumulate=count))[1] for count in (1, 2, 3)]
+    found = [compared(plan, gp.Training("sgd", inputs=inputs, accumulate=count)) for count in (1, 2, 3)]
+    runs, closed = [run for _, run, _ in found], [each for _, _, each in found]
+    for each, run in zip(closed, runs, strict=True):
+        assert each.phases["step"] == pytest.approx(run.peaks["step"]["cpu"], rel=0.01)
+    assert closed[2].phases["step"] - closed[0].phases["step"] >= 64 * 512 * 4  # the largest new gradient, before it is added
+    assert closed[2].phases["optimizer"] == closed[0].phases["optimizer"]
     first, second, third = (run.peaks["first_step"]["cpu"] for run in runs)
     assert first < second == third
     assert second - first >= 64 * 512 * 4

@@ -301,36 +301,38 @@ def test_a_browser_takes_the_svg(report: gp.Report, tmp_path: Path) -> None:
     assert "parsererror" not in dom and 'class="t-activation"' in dom
 
 
-def test_a_png_is_drawn_by_cairosvg(report: gp.Report, tmp_path: Path) -> None:
-    pytest.importorskip("cairosvg")
+def test_a_png_is_drawn(report: gp.Report, tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py")
     report.to_png(tmp_path / "memory.png", width=800)
     content = (tmp_path / "memory.png").read_bytes()
     assert content.startswith(b"\x89PNG") and int.from_bytes(content[16:20], "big") == 800
 
 
-def test_what_cairosvg_is_given(report: gp.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows neither media queries nor variables of style sheets, so there are none."""
+def test_what_is_drawn_needs_no_style_sheet(report: gp.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every program that draws an SVG knows media queries and variables, so there are none."""
     given: dict[str, Any] = {}
-    stand_in = types.ModuleType("cairosvg")
-    stand_in.svg2png = lambda **arguments: given.update(arguments) or b"png"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cairosvg", stand_in)
+    stand_in = types.ModuleType("resvg_py")
+    stand_in.svg_to_bytes = lambda **arguments: given.update(arguments) or b"png"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "resvg_py", stand_in)
     report.to_png(tmp_path / "memory.png", width=321)
-    assert (tmp_path / "memory.png").read_bytes() == b"png" and given["output_width"] == 321
-    assert b"<style" not in given["bytestring"] and b"var(" not in given["bytestring"]
-    ElementTree.fromstring(given["bytestring"])
+    assert (tmp_path / "memory.png").read_bytes() == b"png" and given["width"] == 321
+    assert "<style" not in given["svg_string"] and "var(" not in given["svg_string"]
+    ElementTree.fromstring(given["svg_string"])
 
 
-def test_without_cairosvg_it_is_said_what_to_install(report: gp.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_is_said_what_to_install(
+    report: gp.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = builtins.__import__
 
     def missing(name: str, *arguments: Any) -> Any:
-        if name == "cairosvg":
-            raise ImportError("No module named 'cairosvg'")
+        if name == "resvg_py":
+            raise ImportError("No module named 'resvg_py'")
         return real(name, *arguments)
 
-    monkeypatch.delitem(sys.modules, "cairosvg", raising=False)
+    monkeypatch.delitem(sys.modules, "resvg_py", raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(DecisionError, match=r"cairosvg.*pip install 'groundplan\[png\]'"):
+    with pytest.raises(DecisionError, match=r"resvg-py.*pip install 'groundplan\[png\]'"):
         report.to_png(tmp_path / "memory.png")
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@
         * `UninitializedError`: the constructor leaves tensors without values, and no source for them was given
         * `RanksError`: the processes that build together do not agree, or one of them failed
         * `CheckpointError`: a checkpoint that cannot be read or written, or that is not this module's
+    * `FitError`: no plan was found that fits a cluster
     * `MemoryRunError`: a training step that cannot be run without memory
     * `CalibrationError`: a calibration that cannot be read, or is of another kind of device or version of torch
     * `SpecError`: a command-line SPEC that names no constructor
