@@ -19,8 +19,8 @@ What that takes is `memory`'s noun, and `estimate` has the verbs that find it ou
   `allocator_snapshot`); `replayed_run` and `reserved`: the same of a run and of a memory; `series`: either over time;
 * T3: `verification`, what each phase took for real; `calibration`: verifications kept, by which rooms are `calibrated`;
 * `verdict`: whether it fits a cluster; `overheads` and `process`: what a process holds besides, on a device and in host memory;
-* `fit_serving`: the device map that fits: `partition`, exact, of a model as a `chain` of units; `choices`: a program that says which
-  choice for how many layers of a class;
+* `fit_serving`: the device map that fits: `partition`, exact, of a model as a `chain` of units; `choices`: which choice how many
+  layers of a class take, as a mixed-integer program, for training to be fitted by;
 * `records`: what all that is saved is made of; `kept`: what is worked out once for an object.
 """
 

@@ -124,7 +124,7 @@ def test_the_plan_is_saved_and_bound_again(tmp_path: Path) -> None:
 
 def test_the_disk_is_taken_only_if_that_is_allowed() -> None:
     plan, workload = gp.trace(lambda: nn.Sequential(*(nn.Linear(8192, 8192) for _ in range(40)))), gp.Inference()
-    with pytest.raises(gp.FitError, match="GB-cpu, with .* of the weights in host memory"):
+    with pytest.raises(gp.FitError, match=r"GB-cpu, with .* of the weights in host memory"):
         plan.fit("4GB+4GB-cpu", workload)
     found = plan.fit("4GB+4GB-cpu", workload, disk=True)
     assert found.decisions.placing is not None and "disk" in {rule.device for rule in found.decisions.placing.rules}
