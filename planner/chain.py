@@ -55,8 +55,7 @@ def chain_of(graph: ParamGraph, decisions: Decisions, together: Sequence[str] | 
 
 
 def _wanted(graph: ParamGraph, patterns: Sequence[str]) -> set[str]:
-    names = {name for module in graph.modules for name in module.names if name}
-    return {name for name in names if any(matches(each, name) for each in patterns)}
+    return {name for module in graph.modules for name in module.names if any(matches(each, name) for each in patterns)}
 
 
 def _own(graph: ParamGraph) -> set[str]:

@@ -271,11 +271,13 @@ def sharding(
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern matches a name, component by component: `layers.*` is every layer, and nothing inside one.
 
+    None matches the module as a whole, whose name is empty.
+
     >>> matches("layers.*.mlp", "layers.3.mlp"), matches("layers.*", "layers.3.mlp")
     (True, False)
     """
     parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    return bool(name) and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def parameters_by_module(graph: ParamGraph) -> dict[str, list[str]]:

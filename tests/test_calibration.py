@@ -48,7 +48,7 @@ def test_a_verification_s_calibration_comes_back(tmp_path: Path) -> None:
     assert {("construct", "T0"), ("step", "T0"), ("step", "T1")} <= tiers
     again = plan.verify(seed=0).save_calibration(path)
     assert again == gp.Calibration.load(path) and len(again.records) == len(saved.records) + 2
-    verdict = plan.memory(gp.Training("sgd", batch_size=2), tier="T1").fits("1GB-cpu", calibration=path)
+    verdict = plan.memory(gp.Training("sgd", batch_size=2), tier="T1").fits("16GB-cpu", calibration=path)
     assert verdict.verdict == "fits" and verdict.binding.calibrated is not None
     assert "processes, measured" in verdict.binding.added and "calibrated by" in str(verdict)
 

@@ -222,7 +222,7 @@ def test_without_fsdp_there_are_no_units() -> None:
         ("layers.*", "layers", False),
         ("*", "head", True),
         ("*", "a.b", False),
-        ("*", "", True),
+        ("*", "", False),
         ("layers.[02]", "layers.1", False),
         ("layers.[02]", "layers.2", True),
         ("*.*.[qkv]_proj", "layers.0.k_proj", True),
