@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -284,8 +285,8 @@ def test_what_lay_at_an_address() -> None:
 @pytest.mark.skipif(not can_restart, reason="the peak of resident memory cannot start anew here")
 def test_the_process_s_peak_starts_anew() -> None:
     before = restart_peak()
-    block = torch.ones(64 * MIB, dtype=torch.uint8)
-    del block
+    with mmap.mmap(-1, 64 * MIB) as block:  # new memory for certain, which what was freed before cannot serve
+        block.write(b"1" * (64 * MIB))
     high = peak_bytes()
     assert high - before > 50 * MIB
     assert peak_bytes() == high and restart_peak() < high - 50 * MIB
