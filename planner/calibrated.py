@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..tracer.errors import CalibrationError
+from .allocations import FIRST_STEP, OPTIMIZER, STEP
 from .calibration import Calibration, Correction
 from .catalog import Device
 from .cluster import Cluster, catalogued
@@ -42,7 +43,7 @@ def calibrated(
     room: Room,
     predicted: Mapping[str, int],
     tensors: Mapping[str, int],
-    tiers: Mapping[str, Tier],
+    tiers: Mapping[str, Tier | None],
     calibration: Calibration,
     margin: float,
     outside: Mapping[str, int],
@@ -51,7 +52,7 @@ def calibrated(
     `tiers` says by which tier they are.
 
     `outside` is what comes on top, with the calibration's own figures. A phase that was not measured, or nothing near its size,
-    keeps `margin` and the constants.
+    keeps `margin` and the constants. What is left out of a step stays so unless each of its phases was measured with it.
     """
     corrections = {phase: calibration.correction(phase, tiers[phase], nbytes) for phase, nbytes in predicted.items()}
     phase = max(predicted, key=lambda each: _with_margin(predicted[each], corrections[each], margin))
@@ -62,8 +63,14 @@ def calibrated(
     added = {"reserved beyond them": predicted[phase] - held, "as measured": correction.bias, **outside}
     added = {name: nbytes for name, nbytes in added.items() if nbytes or name in outside}
     kept = correction.error * predicted[phase] + correction.least * sum(outside.values(), start=correction.bias)
-    left_out = tuple(each for each in room.left_out if each not in correction.included)
+    left_out = tuple(each for each in room.left_out if not _was_measured(each, corrections))
     return replace(room, phase=phase, tensors=held, added=added, margin=math.ceil(kept), left_out=left_out, calibrated=correction)
+
+
+def _was_measured(what: str, corrections: Mapping[str, Correction | None]) -> bool:
+    """Whether every phase of a step was measured with what is left out: nobody knows which of them it is in."""
+    of_step = [each for phase, each in corrections.items() if phase in (FIRST_STEP, STEP, OPTIMIZER)]
+    return bool(of_step) and all(each is not None and what in each.included for each in of_step)
 
 
 def _with_margin(predicted: int, correction: Correction | None, margin: float) -> float:

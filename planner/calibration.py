@@ -115,8 +115,8 @@ class Calibration(Record):
         """How many communicators these include."""
         return min((each.communicators for each in self.records if each.taken == self.taken), default=0)
 
-    def correction(self, phase: str, tier: str, predicted: int) -> Correction | None:
-        """How a prediction is corrected; None where nothing like it was measured."""
+    def correction(self, phase: str, tier: Tier | None, predicted: int) -> Correction | None:
+        """How a prediction is corrected; None where nothing like it was measured, nor is by any tier."""
         records = [each for each in self.records if each.phase == phase and each.tier == tier]
         if not records or predicted > REACH * max(each.predicted for each in records):
             return None

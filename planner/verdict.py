@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..tracer.errors import DecisionError
-from .allocations import FIRST_OPTIMIZER, OPTIMIZER
+from .allocations import FIRST_OPTIMIZER, FIRST_STEP, OPTIMIZER, STEP
 from .allocator_driver import Device
 from .allocator_events import Usage
 from .calibrated import calibrated, check_calibration, is_for, outside_measured
@@ -113,7 +113,10 @@ class Room:
             "left": self.left,
             "percent": round(self.percent, 2),
             "retries": self.retries,
-            "calibrated": None if self.calibrated is None else asdict(self.calibrated),
+            "left_out": list(self.left_out),
+            "calibrated": None
+            if self.calibrated is None
+            else {**asdict(self.calibrated), "included": sorted(self.calibrated.included)},
         }
 
 
@@ -227,11 +230,15 @@ def _measured(room: Room, found: Memory, device: str, calibration: Calibration, 
     return calibrated(room, predicted, tensors, _tiers(found), calibration, margin, outside)
 
 
-def _tiers(found: Memory) -> dict[str, Tier]:
-    """Which tier the bytes of each phase are by: a run has those of a step, the others are in closed form."""
-    of_run: Tier = "T2" if found.reserved else "T1"
+def _tiers(found: Memory) -> dict[str, Tier | None]:
+    """Which tier the bytes of each phase are by: a run has those of a step, the others are in closed form.
+
+    None for the steps of serving, which have the names of training's: verifications measure those alone.
+    """
+    of_run: Tier = "T2" if any(found.reserved.values()) else "T1"
     in_run = () if found.run is None else (*found.run.peaks, OPTIMIZER)
-    return {phase: of_run if phase in in_run else "T0" for phase in found.by_device}
+    serving = () if OPTIMIZER in found.by_device else (FIRST_STEP, STEP)
+    return {phase: None if phase in serving else of_run if phase in in_run else "T0" for phase in found.by_device}
 
 
 def _outside(memory: Memory) -> dict[str, int]:

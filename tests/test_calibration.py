@@ -16,6 +16,7 @@ from torch import nn
 import groundplan as gp
 from groundplan.planner.calibration import LEAST, LEAST_OF_FEW, REACH, Measured, calibration_of, torch_version
 from groundplan.planner.memory import Binding, Memory
+from groundplan.planner.tiers import Tier
 from groundplan.planner.verdict import COMMUNICATOR_BYTES, MARGIN
 from groundplan.planner.verification import Check, RankChecks
 
@@ -188,6 +189,52 @@ def test_what_is_left_out_was_measured_only_by_several() -> None:
     assert found.fits("H100", calibration=linear).verdict == "tight", "verified models had no such kernels"
     several = calibration(once(GB), once(2 * GB), once(3 * GB))
     assert memory(GB, left_out=("activations",)).fits("H100", calibration=several).verdict == "tight"
+
+
+def test_what_is_left_out_was_measured_in_every_phase_of_a_step() -> None:
+    """The phase that needs most says nothing of workspaces that another takes, which is too large to be known."""
+    workspaces = ("workspaces of cuDNN's convolutions",)
+    known = calibration(
+        *(once(size * GB, phase="optimizer", left_out=workspaces) for size in (4, 5, 6)),
+        *(once(size * GB, phase=phase, left_out=workspaces) for size in (1, 2, 3) for phase in ("first_step", "step")),
+    )
+
+    def training(step: int) -> gp.Verdict:
+        phases = {"first_step": {"cuda:0": GB}, "step": {"cuda:0": step}, "optimizer": {"cuda:0": 50 * GB}}
+        return Memory(phases, Binding("optimizer", "cuda:0", 50 * GB, ()), (), left_out=workspaces).fits(
+            "H100", calibration=known
+        )
+
+    assert training(30 * GB).verdict == "fits" and training(30 * GB).binding.calibrated is not None
+    beyond = training(3 * REACH * GB + 1)
+    assert beyond.binding.phase == "optimizer" and beyond.binding.calibrated is not None and beyond.verdict == "tight"
+
+
+@pytest.mark.parametrize("tier", ["T0", "T1"])
+def test_serving_is_not_calibrated_by_training(tier: Tier) -> None:
+    """Its phases have the same names, and other kernels."""
+    plan, workload = gp.trace(nn.Linear, 64, 64), gp.Inference(inputs=(torch.ones(2, 64),))
+    found = plan.memory(workload, tier=tier)
+    known = [once(each, phase=phase, tier=by) for phase, each in found.phases.items() for by in ("T0", "T1", "T2")]
+    said = found.fits("16GB-cpu", calibration=calibration(*known, machine="cpu"))
+    assert said.binding.phase in ("first_step", "step") and said.binding.calibrated is None
+
+
+def test_without_cuda_the_allocators_tier_is_the_runs() -> None:
+    plan, workload = gp.trace(nn.Linear, 64, 64), gp.Training("sgd", batch_size=2)
+    phases = plan.memory(workload, tier="T1").phases
+    known = calibration(*(once(nbytes, phase=phase, tier="T1") for phase, nbytes in phases.items()), machine="cpu")
+    one, other = (plan.memory(workload, tier=tier).fits("16GB-cpu", calibration=known) for tier in ("T1", "T2"))
+    assert one.rooms == other.rooms and one.binding.calibrated is not None
+
+
+def test_a_calibrated_verdict_is_plain_data() -> None:
+    left_out = ("what cuDNN keeps of a batch norm",)
+    found = (
+        memory(GB).fits("H100", calibration=calibration(*(once(size * GB, left_out=left_out) for size in (1, 2, 3)))).to_json()
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert found["binding"]["calibrated"]["included"] == list(left_out) and found["binding"]["left_out"] == []
 
 
 RATIOS = st.lists(st.floats(0.5, 2), min_size=1, max_size=5)
