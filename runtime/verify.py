@@ -60,7 +60,8 @@ def verify(job: Job, predicted: Callable[[int], Predicted], timeout: float | Non
 
     Every rank of a sharded plan makes the same call. Random generators are as they were afterwards. CUDA's peak counters and the
     process's own record of resident memory start anew. Raises what building or a step raises, and `RanksError` where another rank
-    fails.
+    fails to build. One that fails inside a step leaves the others in its collectives, which raise when its process ends, or when
+    the process group's timeout is over.
     """
     where = _where(job)
     with _states_kept(), together("world" if job.sharded else None, timeout) as ranks:
@@ -99,7 +100,7 @@ def _of_this_rank(job: Job, predicted: Predicted, ranks: Ranks, where: Mapping[s
         weights = predicted.closed_form.phases["load"]
         if job.training is not None:
             _train(job, module, weights, devices, recording, watch, ranks, notes)
-        elif _is_saved(job, module, weights, notes):
+        elif _is_saved(job, module, weights, ranks, notes):
             _save(job, module, recording, ranks)
     found = PhaseChecks(recording, watch, module, finished, predicted, where)
     return RankChecks(ranks.rank, _machine(devices), tuple(found), tuple(notes)), module
@@ -155,7 +156,7 @@ def _train(
     optimizers: list[torch.optim.Optimizer] = []
     run_training(module, inputs, job.training, recording.span, optimizers.append, steps=job.steps, device=kind)
     recording.span("")
-    if _is_saved(job, module, weights, notes):
+    if _is_saved(job, module, weights, ranks, notes):
         _save(job, module, recording, ranks)
     watch.label_all(module, inputs)
     watch.label_state(module, optimizers)
@@ -218,13 +219,19 @@ def _tokens_known(module: nn.Module) -> int:
 # -- saving -------------------------------------------------------------------------------------------------------------
 
 
-def _is_saved(job: Job, module: Any, weights: int, notes: list[str]) -> bool:
-    """Whether a checkpoint of so many bytes is to be written; where it is not, a note says so."""
-    if job.saving is False or not isinstance(module, nn.Module):
-        return False
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if job.saving is None and (weights > SAVED_AT_MOST or 2 * weights > free):
-        notes.append(f"no checkpoint was written: it takes {weights:,} bytes of disk; say saving=True to have it written")
+def _is_saved(job: Job, module: Any, weights: int, ranks: Ranks, notes: list[str]) -> bool:
+    """Whether a checkpoint is to be written, where every rank has `weights` bytes at most; where it is not, a note says so.
+
+    Rank 0, whose folder it goes to, decides for all: saving is done together, and ranks hold unequal parts.
+    """
+    if job.saving is not None or not isinstance(module, nn.Module):
+        return bool(job.saving) and isinstance(module, nn.Module)
+    nbytes = [weights * ranks.count, shutil.disk_usage(tempfile.gettempdir()).free]
+    if ranks.count > 1:
+        dist.broadcast_object_list(nbytes, src=0)
+    whole, free = nbytes
+    if whole > SAVED_AT_MOST or 2 * whole > free:
+        notes.append(f"no checkpoint was written: it takes up to {whole:,} bytes of disk; say saving=True to have it written")
         return False
     return True
 

@@ -234,6 +234,7 @@ def test_ranks_verify_together(tmp_path: Path) -> None:
         assert 0 <= checks["construct"]["difference"] < 100_000
     assert "of 2, which is off most" in ranks[0]["text"]
     for rank in ranks:
+        assert rank["saved"] == [["construct"], ["construct", "checkpoint"]], "together, or not at all"
         assert "ValueError: no" in rank["failing"]
 
 

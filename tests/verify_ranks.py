@@ -5,15 +5,18 @@ Each rank writes what it finds to `FOLDER/RANK.json`.
 
 from __future__ import annotations
 
+import datetime
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import groundplan as gp
+from groundplan.runtime import verify
 
 from . import jobs
 
@@ -51,8 +54,20 @@ def deep_or_not() -> nn.Module:
     return Deep()
 
 
+def saved() -> list[list[str]]:
+    """The phases of unequal ranks, by the largest checkpoint: below all that there is, and just that."""
+    plan = gp.trace(nn.Linear, 300, 5).shard({"dp": 2})
+    one, other = (plan.memory().rank(rank).phases["load"] for rank in range(2))
+    assert other < one
+    found = []
+    for most in (other, 2 * one):
+        with mock.patch.object(verify, "SAVED_AT_MOST", most):
+            found.append([check.phase for check in plan.verify(seed=1).checks])
+    return found
+
+
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))  # for a rank that waits for nobody
     plan = gp.trace(Deep).shard({"dp": dist.get_world_size()})
     before = torch.get_rng_state()
     built = plan.verify(seed=1)
@@ -61,6 +76,7 @@ def main(folder: Path) -> None:
         "built": built.to_json(),
         "trained": trained.to_json(),
         "text": str(trained),
+        "saved": saved(),
         "failing": failing(),
         "kept": torch.equal(before, torch.get_rng_state()),
     }
