@@ -201,7 +201,7 @@ def verified(
 ) -> Verification:
     """The verb behind `Plan.verify`."""
     from .runtime.phase_checks import Predicted
-    from .runtime.verify import Job, verify
+    from .runtime.verify import Job, states_kept, verify
 
     _check(plan, workload, steps)
     decisions, notes = plan.decisions, list[str]()
@@ -210,18 +210,19 @@ def verified(
         closed, run = plan.memory(workload).rank(rank), None if workload is None else _run(plan, workload, notes)
         return Predicted(closed, closed.changes, run if run is None else run.rank(rank))
 
-    job = Job(
-        build=lambda: plan.materialize(seed, checkpoint, progress=False, mesh=mesh, timeout=timeout),
-        save=partial(plan.save_checkpoint, format="dcp" if decisions.sharding is not None else "safetensors"),
-        training=workload,
-        steps=steps,
-        loads=checkpoint is not None,
-        saving=False if decisions.placing is not None or decisions.quantizing else saving,
-        sharded=decisions.sharding is not None,
-        devices=tuple(plan.memory(workload).devices),
-    )
-    ranks, module = verify(job, predicted, timeout)
-    known = plan.memory(workload)
+    with states_kept():  # a forward may draw, and predicting runs it too
+        known = plan.memory(workload)
+        job = Job(
+            build=lambda: plan.materialize(seed, checkpoint, progress=False, mesh=mesh, timeout=timeout),
+            save=partial(plan.save_checkpoint, format="dcp" if decisions.sharding is not None else "safetensors"),
+            training=workload,
+            steps=steps,
+            loads=checkpoint is not None,
+            saving=False if decisions.placing is not None or decisions.quantizing else saving,
+            sharded=decisions.sharding is not None,
+            devices=tuple(known.devices),
+        )
+        ranks, module = verify(job, predicted, timeout)
     measured = tuple(each for each in known.left_out if each in LEFT_OUT)
     kept = module if keep else None
     return Verification(decisions.constructor, tuple(ranks), steps, tuple(notes), known.communicators, measured, kept)

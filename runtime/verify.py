@@ -58,19 +58,20 @@ class Job:
 def verify(job: Job, predicted: Callable[[int], Predicted], timeout: float | None = None) -> tuple[list[RankChecks], Any]:
     """What every rank measured, and this one's module as the steps left it; `predicted` is asked for by rank.
 
-    Every rank of a sharded plan makes the same call. Random generators are as they were afterwards. CUDA's peak counters and the
+    Every rank of a sharded plan makes the same call. It draws: `states_kept` is for the caller. CUDA's peak counters and the
     process's own record of resident memory start anew. Raises what building or a step raises, and `RanksError` where another rank
     fails to build. One that fails inside a step leaves the others in its collectives, which raise when its process ends, or when
     the process group's timeout is over.
     """
     where = _where(job)
-    with _states_kept(), together("world" if job.sharded else None, timeout) as ranks:
+    with together("world" if job.sharded else None, timeout) as ranks:
         mine, module = _of_this_rank(job, predicted(ranks.rank), ranks, where)
         return _of_all(mine, ranks), module
 
 
 @contextmanager
-def _states_kept() -> Iterator[None]:
+def states_kept() -> Iterator[None]:
+    """Random generators, torch's and the host's, are as they were afterwards."""
     host = host_random_now()
     with generators_kept():
         try:
