@@ -22,7 +22,11 @@ PAUSE = 0.01
 
 @contextmanager
 def works_given_back() -> Iterator[None]:
-    """In the body every wait for a collective takes `PAUSE` more, so that this thread is the last to let go."""
+    """In the body every wait for a collective takes `PAUSE` more, so that this thread is the last to let go.
+
+    A functional collective, such as tensor parallelism's, lets go as it waits, so the pause is before it: where a work takes
+    longer than that, as another rank is late, gloo's thread is the last still.
+    """
     wait, wait_tensor = dist.Work.wait, _functional_collectives.wait_tensor
 
     def waited(work: dist.Work, *args: Any) -> Any:

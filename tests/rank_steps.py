@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -24,36 +23,28 @@ from torch.distributed import _functional_collectives
 from torch.distributed.device_mesh import init_device_mesh
 
 import groundplan as gp
+from groundplan.runtime import gloo_works
 
 from . import jobs
 from .measured_steps import MODELS, Case, measured_peaks, plain_kernels
 from .plan_driven import mixtral
 
-_PAUSE = 0.01  # seconds
 BF16, F32 = torch.bfloat16, torch.float32
 Found = dict[str, Any]
 
 
 @contextmanager
 def works_given_back() -> Iterator[None]:
-    """Have every collective's work end in this thread: what gloo's own threads give back, the profiler does not see.
+    """As `plan.verify` has it, and a pause never ends before the work: ranks that are like each other can wait for each other."""
+    with gloo_works.works_given_back():
+        wait_tensor: Any = _functional_collectives.wait_tensor
 
-    A thread of gloo lets go of a work a moment after it has said that the work is done; whoever lets go last frees its tensors.
-    """
-    wait: Any = dist.Work.wait
-    wait_tensor: Any = _functional_collectives.wait_tensor
+        def waited_for(tensor: torch.Tensor) -> Any:
+            dist.barrier()  # the others are as far as that, so the work is done after the pause
+            return wait_tensor(tensor)
 
-    def waited(work: dist.Work, *args: Any) -> Any:
-        done = wait(work, *args)
-        time.sleep(_PAUSE)
-        return done
-
-    def waited_for(tensor: torch.Tensor) -> Any:
-        dist.barrier()  # the others are as far as that, so the work is done after the pause
-        return wait_tensor(tensor)
-
-    with mock.patch.object(dist.Work, "wait", waited), mock.patch.object(_functional_collectives, "wait_tensor", waited_for):
-        yield
+        with mock.patch.object(_functional_collectives, "wait_tensor", waited_for):
+            yield
 
 
 @dataclass(frozen=True)
