@@ -124,7 +124,7 @@ OVERHEADS: Mapping[str, Overhead] = MappingProxyType(
             source="111 to 122 MB more resident with a Llama or BERT imported and traced (measured, transformers 5.24)",
         ),
         "host process with cuda": Overhead(
-            low=255 * 10**6,
+            low=265 * 10**6,
             high=2 * 10**9,
             per="process that uses CUDA, in host memory",
             cached=False,

@@ -121,4 +121,4 @@ def _worse_of(run: Memory, name: str, check: Check) -> str:
 
 def _names_of(phase: str) -> tuple[str, ...]:
     """The spans of a phase: both the first and the later calls of the optimizer are `optimizer`."""
-    return {OPTIMIZER: (FIRST_OPTIMIZER, OPTIMIZER), STEP: (STEP,), FIRST_STEP: (FIRST_STEP,)}.get(phase, (phase,))
+    return (FIRST_OPTIMIZER, OPTIMIZER) if phase == OPTIMIZER else (phase,)

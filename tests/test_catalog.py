@@ -93,6 +93,10 @@ def test_a_file_adds_devices(tmp_path: Path) -> None:
     assert "mine" not in catalog()
 
 
+def test_a_name_goes_before_another_device_s_alias(tmp_path: Path) -> None:
+    assert device_named("H100", catalog(own_file(tmp_path, "[H100]\nmemory = 5"))).memory == 5
+
+
 def test_a_file_of_json_that_the_environment_names_replaces_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OWN_FILE, str(own_file(tmp_path, json.dumps({"L4-24GB": {"memory": 22 * GB}}), "devices.json")))
     assert device_named("L4-24GB", catalog()) == Device(name="L4-24GB", memory=22 * GB)
