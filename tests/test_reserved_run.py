@@ -229,6 +229,7 @@ def test_it_is_shown() -> None:
         ({"tier": "T1", "allocator": "expandable_segments:True"}, ['tier="T2"', "expandable_segments"]),
         ({"tier": "T2", "allocator": "expandible_segments:True"}, ["expandible_segments", "expandable_segments"]),
         ({"tier": "T2", "cluster": "8xH10O"}, ["8xH10O"]),
+        ({"tier": "T0", "cluster": "8xH10O"}, ["8xH10O"]),
     ],
 )
 def test_what_cannot_be_asked_for(arguments: dict[str, object], parts: list[str]) -> None:
