@@ -21,7 +21,7 @@ from .planner.reserved import with_reserved
 from .planner.tiers import Tier, check_tier
 from .planner.workload import Training
 from .runtime import Build
-from .tracer.errors import MemoryRunError
+from .tracer.errors import DecisionError, MemoryRunError
 
 Workload = Training | Inference
 
@@ -71,5 +71,12 @@ def _serving(build: Build, decisions: Decisions, workload: Inference, tier: Tier
             return weights_alone(build.graph, decisions, str(error))
         return replace(by_rule(build.graph, decisions, workload, run, allocator), tier=tier)
     check_one_device(decisions)
+    if decisions.sharding is not None:
+        from .runtime.parallel import not_run
+
+        if given := not_run(decisions.sharding):
+            raise DecisionError(
+                f'tier="{tier}" runs what the runtime carries out, and not {" and ".join(given)}; ask for tier="T0"'
+            )
     runs = partial(fake_rank_inference, build, decisions, workload)
     return replace(inference_memory(build.graph, decisions, workload, runs, allocator), tier=tier)

@@ -238,6 +238,12 @@ def test_what_cannot_be_asked_for(arguments: dict[str, object], parts: list[str]
     assert all(part in str(raised.value) for part in parts), raised.value
 
 
+def test_serving_under_axes_that_are_not_carried_out_is_not_run() -> None:
+    plan = gp.trace(net).to("cuda").shard({"pp": 2}, microbatches=2)
+    with pytest.raises(DecisionError, match=r'not pp=2.*tier="T0"'):
+        plan.memory(gp.Inference(inputs=(torch.ones(4, 512),)), tier="T1")
+
+
 # -- whether it fits ----------------------------------------------------------------------------------------------------
 
 
