@@ -184,8 +184,8 @@ def verify(
         str | None,
         typer.Option(metavar="OPTIMIZER", help=f"Train it with this optimizer: {', '.join(OPTIMIZERS)}; else build it only."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 1,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample, where the model takes sequences.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Samples of a step; with --train.")] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens of a sample; with --train.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps that are measured.")] = 3,
     seed: Annotated[int, typer.Option(help="As torch.manual_seed(SEED) before the constructor.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(metavar="PATH", help="Load it from there.")] = None,
@@ -195,7 +195,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Build it, and train it for some steps, for real: predicted against measured memory, and what the difference is."""
-    workload = gp.Training(optimizer=train, batch_size=batch_size, seq_len=seq_len) if train else None
+    workload = options.training(train, batch_size=batch_size, seq_len=seq_len)
     with _session(spec, kwargs) as parsed:
         plan = _plan(parsed, dtype, device)
         _check_main_memory(plan.memory(workload))

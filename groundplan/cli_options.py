@@ -151,7 +151,7 @@ def tier(name: str, workload: gp.Training | gp.Inference | None, allocator: str 
     if name not in get_args(Tier):
         raise DecisionError(f"--tier {name!r} is not known: {', '.join(get_args(Tier))}")
     if name != "T0" and workload is None:
-        raise DecisionError(f"--tier {name} runs a training step: say with which optimizer, such as --train adamw")
+        raise DecisionError(f"--tier {name} runs a step: say which, such as --train adamw, or --infer")
     if name == "T1" and allocator is not None:
         raise DecisionError("--allocator is for --tier T2, which is T1 with the allocator replayed, and for T0")
     try:

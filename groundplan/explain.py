@@ -16,7 +16,7 @@ from .layout import layout_line, layout_lines, tensor_placement, tensor_quantizi
 from .planner.decisions import Cast, Decisions, Move, Rule, castable, final_device, final_dtype
 from .planner.estimate import memory
 from .planner.records import dtype_name
-from .report import WAY_OUT, peak_line, step_line
+from .report_text import WAY_OUT, peak_line, step_line
 from .shown import Shown, heading, shortened
 from .tracer.describe import describe_frame, describe_op, describe_part, describe_value, operator_name
 from .tracer.digraph import covers

@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .layout import layout_line
 from .markup import Markup, element, joined
 from .page_memory import over_time, peak, phases
 from .page_parts import bar, bytes_cell, count_cell, heading, listing, section, swatch, table
 from .planner.records import dtype_name
 from .planner.verdict import Room, Verdict
+from .report_text import WAY_OUT, decision_lines, header_lines
 from .shown import shortened
 from .tensor_table import Row
 from .timeline import style
@@ -95,8 +95,6 @@ def _sections(report: Report) -> Iterator[Markup]:
 
 
 def _summary(report: Report) -> Markup:
-    from .report import header_lines
-
     pairs = [joined(element("dt", label), element("dd", text)) for label, text in header_lines(report)]
     return element("dl", *pairs)
 
@@ -195,15 +193,13 @@ def _tensors(rows: Sequence[Row]) -> Iterator[Markup]:
 
 
 def _tensor(row: Row) -> Markup:
-    shape = "lazy" if row.shape is None else "×".join(map(str, row.shape)) or "scalar"
-    init = f"{row.init}, rest uninitialized" if row.uninitialized and not row.init.startswith("uninitialized") else row.init
     cells = [
         element("td", row.name, class_="name"),
         count_cell(row.count),
-        element("td", shape),
+        element("td", row.shape_words),
         element("td", dtype_name(row.final)),
     ]
-    cells += [element("td", row.device), bytes_cell(row.nbytes), element("td", init), element("td", row.section)]
+    cells += [element("td", row.device), bytes_cell(row.nbytes), element("td", row.init_words), element("td", row.section)]
     return element("tr", *cells)
 
 
@@ -239,8 +235,6 @@ def _dead(report: Report) -> Iterator[Markup]:
 
 
 def _uninitialized(report: Report) -> Iterator[Markup]:
-    from .report import WAY_OUT
-
     names = [tensor.name for tensor in report.graph.uninitialized]
     if names:
         more = [f"… and {len(names) - _SHOWN_ROWS:,} more"] * (len(names) > _SHOWN_ROWS)
@@ -248,7 +242,5 @@ def _uninitialized(report: Report) -> Iterator[Markup]:
 
 
 def _decisions(report: Report) -> Markup:
-    from .report import step_line
-
-    made = [*map(step_line, report.decisions.steps), *filter(None, [layout_line(report.decisions)])]
+    made = decision_lines(report.decisions)
     return section("Decisions", listing(made) if made else element("p", "None: everything stays as constructed."))

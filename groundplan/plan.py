@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .explain import Explanation, explain
+from .forecast import Workload, forecast
 from .planner.allocator_config import AllocatorConfig
 from .planner.calibration import Calibration
 from .planner.check import check_decisions
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
-from .planner.estimate import memory, memory_of_run
 from .planner.inference import Inference
-from .planner.inference_memory import by_rule, inference_memory, weights_alone
 from .planner.memory import Memory
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
-from .planner.profile import NoProfile, Profile
 from .planner.quantizing import Filter
-from .planner.rank_runs import memory_of_ranks
-from .planner.replayed_run import Allocator
-from .planner.reserved import with_reserved
 from .planner.sharding import LAYERS, ROLES, Schedule, matches, sharding
-from .planner.tiers import Tier, check_tier
+from .planner.tiers import Tier
 from .planner.workload import Training
 from .progress import shown
 from .report import Report
@@ -38,10 +32,8 @@ from .runtime import materialize as materialize_plan
 from .runtime.checkpoint import Rename, Source
 from .runtime.materialize import Progress as ProgressCallback
 from .runtime.options import Options
-from .tracer.errors import DecisionError, MaterializeError, MemoryRunError, PlanFileError
+from .tracer.errors import DecisionError, MaterializeError, PlanFileError
 from .tracer.graph import ParamGraph
-
-Workload = Training | Inference
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -168,35 +160,7 @@ class Plan:
         >>> on_gpu.phases["optimizer"], on_gpu.reserved["optimizer"]["cuda:0"].reserved // 2**20
         (152, 68)
         """
-        check_tier(tier, workload, allocator)
-        if isinstance(workload, Inference):
-            return _serving(self._bound, self.decisions, workload, tier, Allocator.of(allocator, cluster))
-        if tier == "T0" or workload is None:
-            found = memory(self.graph, self.decisions, workload, self._profile(workload))
-        else:
-            found = self._run_of(workload)
-        if tier != "T2" and allocator is None:
-            return found
-        return with_reserved(found, Allocator.of(allocator, cluster))
-
-    def _run_of(self, workload: Training) -> Memory:
-        """The memory of tier T1: from runs of the step."""
-        if self.decisions.sharding is not None:
-            from .runtime.fake_ranks import fake_rank_step  # torch.distributed, which it imports, takes a second
-
-            run_of = partial(fake_rank_step, self._bound, self.decisions, workload)
-            return memory_of_ranks(self.graph, self.decisions, workload, run_of, self._profile(workload))
-        from .runtime.fake_step import fake_step
-
-        run = fake_step(self._bound, self.decisions, workload)
-        return memory_of_run(self.graph, self.decisions, workload, run, self._profile(workload))
-
-    def _profile(self, workload: Training | None) -> Profile | NoProfile | None:
-        if workload is None:
-            return None
-        from .runtime.profiles import profile_of
-
-        return profile_of(self._bound, self.decisions, workload)
+        return forecast(self._bound, self.decisions, workload, tier, allocator, cluster)
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 
@@ -589,22 +553,6 @@ class Plan:
                 f"that it was traced from, {self.decisions.constructor}"
             )
         return self._build
-
-
-def _serving(build: Build, decisions: Decisions, inference: Inference, tier: Tier, allocator: Allocator) -> Memory:
-    """The memory of serving, from a run of it: in T0 of the module whole, and by rule; else of each rank as it is."""
-    from .runtime.fake_inference import fake_inference, fake_rank_inference
-    from .runtime.fake_step import check_one_device
-
-    if tier == "T0":
-        try:
-            run = fake_inference(build, decisions, inference)
-        except MemoryRunError as error:
-            return weights_alone(build.graph, decisions, str(error))
-        return replace(by_rule(build.graph, decisions, inference, run, allocator), tier=tier)
-    check_one_device(decisions)
-    runs = functools.partial(fake_rank_inference, build, decisions, inference)
-    return replace(inference_memory(build.graph, decisions, inference, runs, allocator), tier=tier)
 
 
 def _name_of(build: Callable[..., Any]) -> str:

@@ -12,38 +12,23 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from .fold import Fold, fold_names
-from .layout import layout_line
-from .planner.decisions import Cast, Decisions, Move, final_device, final_dtype
+from .page import page
+from .planner.decisions import Decisions, final_device, final_dtype
 from .planner.memory import Memory
 from .planner.ranks_alike import RanksAlike, ranks_alike
 from .planner.records import dtype_name
 from .planner.series import Series
 from .planner.verdict import Verdict
-from .shown import Shown, bullets, heading, shortened, write_atomically
-from .tensor_table import SECTIONS, Row, tensor_table
+from .report_text import sections
+from .shown import Shown, write_atomically
+from .tensor_table import SECTIONS, Row
 from .timeline import alone, drawing, write_png
 from .tracer.describe import describe_frame, describe_op, recipe_phrases
 from .tracer.errors import DecisionError
 from .tracer.graph import Frame, Op, ParamGraph, Storage, TensorNode
 from .treemap import Leaf
-from .units import format_bytes, format_count
-
-WAY_OUT = 'materialize() raises unless you pass uninitialized="zero" or uninitialized="empty"'
-
-_WIDEST_NAME = 60
-_SHOWN_DEAD = 6
-_SHOWN_LINES = 4
-_SHOWN_TIES = 12
-_SHOWN_UNINITIALIZED = 12
-_VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "bold red"}
-_STREAMS = {
-    "cpu": "cpu: that of torch's CPU generator, on whatever device the tensors end up",
-    "cuda": "cuda: that of torch's CUDA generator, drawn on the GPU",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +65,9 @@ class Report(Shown):
             "sharding": self.decisions.sharding and self.decisions.sharding.model_dump(mode="json"),
             "placing": self.decisions.placing and self.decisions.placing.model_dump(mode="json"),
             "quantizing": [each.model_dump(mode="json") for each in self.decisions.quantizing],
-            "parameters": _totals(self.graph.parameters) | {"trainable": _trainable(self.graph)},
+            "parameters": _totals(self.graph.parameters) | {"trainable": self.trainable},
             "buffers": _totals(self.graph.buffers),
-            "attributes": _totals(_attributes(self.graph)),
+            "attributes": _totals(self.attributes),
             "bytes": {"constructed": _names(self.sizes[0]), "final": _names(self.sizes[1])},
             "tensors": [_row_json(row) for row in self.rows],
             "ties": {tensor.name: list(tensor.names[1:]) for tensor in self.graph.ties},
@@ -119,24 +104,11 @@ class Report(Shown):
         It shows what the text shows, with bars for the memory, a treemap of the parameters and tables that sort, and holds
         `to_json()` as data.
         """
-        from .page import page
-
         write_atomically(path, page(self))
 
     def blocks(self, width: int) -> Iterator[RenderableType]:
         """What is shown, one below the other, none wider than `width` columns."""
-        yield Text(shortened(self.decisions.constructor, width), style="bold")
-        yield _header(self)
-        yield Text("")
-        yield from tensor_table(self.rows, width) if self.rows else ()
-        yield from _ties(self.graph)
-        yield from _dead(self, width)
-        yield from _uninitialized(self.graph)
-        yield from _memory(self.memory)
-        yield from _verdict(self.verdict)
-        if self.notes:
-            yield heading("notes")
-            yield from bullets(self.notes, style="dim")
+        return sections(self, width)
 
     def _repr_html_(self) -> str:
         series = self.memory.series()
@@ -169,6 +141,16 @@ class Report(Shown):
         folds = fold_names(names, keys)
         rows = (_row(fold, keys[fold.members[0]]) for fold in folds)
         return tuple(sorted(rows, key=lambda row: SECTIONS.index(row.section)))
+
+    @property
+    def attributes(self) -> list[TensorNode]:
+        """The tensors that are neither parameters nor buffers."""
+        return [tensor for tensor in self.graph.tensors if tensor.kind == "attribute"]
+
+    @property
+    def trainable(self) -> int:
+        """Elements of the parameters that require gradients."""
+        return sum(tensor.numel for tensor in self.graph.parameters if tensor.requires_grad)
 
     @cached_property
     def _ends(self) -> tuple[_End, ...]:
@@ -278,16 +260,8 @@ def _row(fold: Fold, key: _Key) -> Row:
     )
 
 
-def _attributes(graph: ParamGraph) -> list[TensorNode]:
-    return [tensor for tensor in graph.tensors if tensor.kind == "attribute"]
-
-
 def _totals(tensors: Sequence[TensorNode]) -> dict[str, int]:
     return {"tensors": len(tensors), "elements": sum(tensor.numel for tensor in tensors)}
-
-
-def _trainable(graph: ParamGraph) -> int:
-    return sum(tensor.numel for tensor in graph.parameters if tensor.requires_grad)
 
 
 def _dead_group(init: str, ops: Sequence[Op]) -> Dead:
@@ -301,7 +275,7 @@ def _dead_group(init: str, ops: Sequence[Op]) -> Dead:
 
 
 def _names(sizes: Mapping[torch.dtype, int]) -> dict[str, int]:
-    return {dtype_name(dtype): nbytes for dtype, nbytes in sizes.items() if nbytes}
+    return {dtype_name(dtype): nbytes for dtype, nbytes in sizes.items()}
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -317,142 +291,3 @@ def _rank_json(each: RanksAlike) -> dict[str, Any]:
 
 def _dead_json(dead: Dead) -> dict[str, Any]:
     return asdict(dead) | {"lines": [describe_frame(line) for line in dead.lines]}
-
-
-# -- as text: the header ------------------------------------------------------------------------------------------------
-
-
-def _header(report: Report) -> RenderableType:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, text in header_lines(report):
-        grid.add_row(f"  {label}", Text(text))
-    return grid
-
-
-def header_lines(report: Report) -> Iterator[tuple[str, str]]:
-    """What stands above everything else, as (label, text)."""
-    graph, (constructed, final) = report.graph, report.sizes
-    yield "parameters", f"{_counted(graph.parameters)}, {_trainable_part(graph)}"
-    if graph.buffers:
-        yield "buffers", _counted(graph.buffers)
-    if attributes := _attributes(graph):
-        yield "attributes", f"{_counted(attributes)}, neither parameter nor buffer"
-    yield "bytes", _sizes(constructed) + (f" → {_sizes(final)}" if final != constructed else "")
-    yield "random stream", _STREAMS["cuda" if graph.reference.startswith("cuda") else "cpu"]
-    yield "devices", ", ".join(dict.fromkeys(row.device for row in report.rows)) or "none"
-    made = [*map(step_line, report.decisions.steps), *filter(None, [layout_line(report.decisions)])]
-    yield "decisions", "; ".join(made) or "none: everything stays as constructed"
-
-
-def _counted(tensors: Sequence[TensorNode]) -> str:
-    elements = sum(tensor.numel for tensor in tensors)
-    exact = f" ({elements:,})" if elements >= 1000 else ""
-    return f"{format_count(elements)}{exact} in {len(tensors):,} tensor{'s' * (len(tensors) != 1)}"
-
-
-def _trainable_part(graph: ParamGraph) -> str:
-    trainable, total = _trainable(graph), sum(tensor.numel for tensor in graph.parameters)
-    if trainable in (0, total):
-        return "all trainable" if trainable else "none trainable"
-    return f"{format_count(trainable)} trainable"
-
-
-def _sizes(sizes: Mapping[torch.dtype, int]) -> str:
-    found = sorted(_names(sizes).items(), key=lambda pair: -pair[1])
-    each = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in found)
-    return each if len(found) == 1 else f"{format_bytes(sum(sizes.values()))}{f' ({each})' if each else ''}"
-
-
-def step_line(step: Cast | Move) -> str:
-    """A step as the user asked for it: `cast to bfloat16`, `move to cuda`."""
-    if isinstance(step, Move):
-        return f"move to {step.device}"
-    if step.uniform is not None:
-        return f"cast to {dtype_name(step.uniform)}"
-    return "cast " + ", ".join(f"{rule.pattern} to {rule.dtype}" for rule in step.rules)
-
-
-# -- as text: the sections ----------------------------------------------------------------------------------------------
-
-
-def _ties(graph: ParamGraph) -> Iterator[RenderableType]:
-    if not graph.ties:
-        return
-    lines = [" = ".join([*(fold.name for fold in fold_names(tensor.names[1:])), tensor.name]) for tensor in graph.ties]
-    folds = fold_names(lines, together=True)
-    yield heading("ties: one tensor under several names")
-    yield from bullets(_first([f"{fold.name}{f'  ({fold.count}x)' * (fold.count > 1)}" for fold in folds], _SHOWN_TIES))
-
-
-def _first(texts: Sequence[str], most: int) -> list[str]:
-    return [*texts[:most], *([f"… and {len(texts) - most} more"] if len(texts) > most else [])]
-
-
-def _dead(report: Report, width: int) -> Iterator[RenderableType]:
-    dead = report.dead
-    if not dead:
-        return
-    count, elements, draws = len(report.graph.dead_ops), sum(each.elements for each in dead), sum(each.draws for each in dead)
-    yield heading(f"dead ops: {count:,} of {len(report.graph.ops):,} leave nothing in the finished module")
-    yield Text(f"  they write {format_count(elements)} elements and draw {format_count(draws)} random values", style="dim")
-    shown = dead[:_SHOWN_DEAD]
-    rows = [(f"  {each.init}", f"{each.count:,}x", format_count(each.elements), _lines(each.lines)) for each in shown]
-    widths = [min(max(len(row[column]) for row in rows), 40) for column in range(3)]
-    widths.append(width - sum(widths) - 6)
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for column, size in enumerate(widths):
-        grid.add_column(width=size, no_wrap=True, justify="right" if column in (1, 2) else "left", style="dim")
-    for row in rows:
-        grid.add_row(*(Text(shortened(cell, size)) for cell, size in zip(row, widths, strict=True)))
-    yield grid
-    if len(dead) > _SHOWN_DEAD:
-        yield Text(f"  … and {len(dead) - _SHOWN_DEAD} more kinds", style="dim")
-
-
-def _lines(frames: Sequence[Frame]) -> str:
-    """`at modeling_llama.py:219, 220, 342 and 5 more lines`."""
-    files: dict[str, list[int]] = {}
-    for frame in frames[:_SHOWN_LINES]:
-        files.setdefault(os.path.basename(frame.file), []).append(frame.line)
-    more = len(frames) - _SHOWN_LINES
-    places = ", ".join(f"{file}:{', '.join(map(str, lines))}" for file, lines in files.items())
-    return f"at {places}{f' and {more} more lines' if more > 0 else ''}" if places else ""
-
-
-def _uninitialized(graph: ParamGraph) -> Iterator[RenderableType]:
-    found = graph.uninitialized
-    if not found:
-        return
-    names = [f"{fold.name}{f'  ({fold.count}x)' * (fold.count > 1)}" for fold in fold_names([tensor.name for tensor in found])]
-    yield heading(f"uninitialized: the constructor leaves {len(found):,} tensor{'s' * (len(found) != 1)} without values")
-    yield from bullets(_first(names, _SHOWN_UNINITIALIZED), style="bold red")
-    yield Text(f"  {WAY_OUT}", style="red")
-
-
-def _memory(memory: Memory) -> Iterator[RenderableType]:
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    grid.add_column("  phase", no_wrap=True)
-    columns = list(memory.columns())
-    for title, _ in columns:
-        grid.add_column(title, justify="right", no_wrap=True)
-    for phase in memory.by_device:
-        grid.add_row(f"  {phase}", *(format_bytes(found.get(phase, 0)) for _, found in columns))
-    yield heading("memory")
-    yield grid
-    yield from bullets([peak_line(memory)], mark=" ")
-
-
-def _verdict(verdict: Verdict | None) -> Iterator[RenderableType]:
-    if verdict is not None:
-        yield heading(f"cluster {verdict.cluster}: {verdict.verdict}")
-        yield from bullets((room.describe() for room in verdict.rooms), style=_VERDICT_STYLES[verdict.verdict])
-        yield from bullets(verdict.notes, style="dim")
-
-
-def peak_line(memory: Memory) -> str:
-    """The peak in one sentence: bytes, phase, device, and the largest tensors there."""
-    binding = memory.binding
-    tensors = ", ".join(f"{shortened(name, _WIDEST_NAME)} ({format_bytes(nbytes)})" for name, nbytes in binding.tensors[:3])
-    return f"peak {format_bytes(memory.peak)} in {binding.phase} on {binding.device}; largest: {tensors or 'nothing'}"

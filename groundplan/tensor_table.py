@@ -34,6 +34,17 @@ class Row:
     nbytes: int
     uninitialized: bool
 
+    @property
+    def shape_words(self) -> str:
+        """The shape as it is written: `3×4`."""
+        return "lazy" if self.shape is None else "×".join(map(str, self.shape)) or "scalar"
+
+    @property
+    def init_words(self) -> str:
+        """The init function, and whether it leaves elements without values."""
+        rest = self.uninitialized and not self.init.startswith("uninitialized")
+        return f"{self.init}, rest uninitialized" if rest else self.init
+
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
@@ -79,15 +90,13 @@ class _Line:
 
     @classmethod
     def of(cls, row: Row, usual_device: str) -> _Line:
-        shape = "lazy" if row.shape is None else "×".join(map(str, row.shape)) or "scalar"
         dtype = dtype_name(row.final) + (f" {row.device}" if row.device != usual_device else "")
-        rest = row.uninitialized and not row.init.startswith("uninitialized")
         return cls(
             section=row.section,
             name=row.name,
             count=f"{row.count:,}x" if row.count > 1 else "",
-            init=f"{row.init}, rest uninitialized" if rest else row.init,
-            shape=shortened(shape, _WIDEST_SHAPE),
+            init=row.init_words,
+            shape=shortened(row.shape_words, _WIDEST_SHAPE),
             dtype=dtype,
             nbytes=format_bytes(row.nbytes),
             uninitialized=row.uninitialized,

@@ -192,6 +192,18 @@ def test_verify_says_what_each_phase_took(groundplan: Runner, tmp_path: Path) ->
     assert len(json.loads((tmp_path / "cpu.json").read_text())["records"]) == 2 * 8
 
 
+def test_verify_says_of_which_option_something_is_wrong(groundplan: Runner) -> None:
+    words = ("verify", "torch.nn:Linear", "--kwargs", '{"in_features": 30, "out_features": 40}')
+    wrong = [
+        (["--batch-size", "8"], "--train adamw"),
+        (["--train", "adamv"], "--train: "),
+        (["--train", "sgd", "--seq-len", "0"], "--seq-len: "),
+    ]
+    for arguments, part in wrong:
+        result = groundplan(*words, *arguments)
+        assert (result.code, result.out) == (1, "") and part in result.err, result.err
+
+
 def test_report_by_a_calibration(groundplan: Runner) -> None:
     words = ("torch.nn:Linear", "--kwargs", '{"in_features": 30, "out_features": 40}')
     assert groundplan("verify", *words, "--calibration", "cpu.json").code == 0

@@ -229,12 +229,19 @@ def test_it_is_shown() -> None:
         ({"tier": "T1", "allocator": "expandable_segments:True"}, ['tier="T2"', "expandable_segments"]),
         ({"tier": "T2", "allocator": "expandible_segments:True"}, ["expandible_segments", "expandable_segments"]),
         ({"tier": "T2", "cluster": "8xH10O"}, ["8xH10O"]),
+        ({"tier": "T0", "cluster": "8xH10O"}, ["8xH10O"]),
     ],
 )
 def test_what_cannot_be_asked_for(arguments: dict[str, object], parts: list[str]) -> None:
     with pytest.raises((DecisionError, AllocatorError)) as raised:
         gp.trace(net).to("cuda").memory(**{"workload": training(), **arguments})  # type: ignore[arg-type]
     assert all(part in str(raised.value) for part in parts), raised.value
+
+
+def test_serving_under_axes_that_are_not_carried_out_is_not_run() -> None:
+    plan = gp.trace(net).to("cuda").shard({"pp": 2}, microbatches=2)
+    with pytest.raises(DecisionError, match=r'not pp=2.*tier="T0"'):
+        plan.memory(gp.Inference(inputs=(torch.ones(4, 512),)), tier="T1")
 
 
 # -- whether it fits ----------------------------------------------------------------------------------------------------
