@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
-from .sharding import matches, parameters_by_module, repeated_layers
+from .sharding import holding_parameters, matches, parameters_by_module, repeated_layers
 
 
 class Expert(NamedTuple):
@@ -75,7 +75,7 @@ def _under(name: str, parameters: Mapping[str, TensorNode]) -> list[str]:
 def _lists(graph: ParamGraph) -> dict[str, list[str]]:
     """Every list of modules of one class with parameters, numbered from 0, as the names of its modules."""
     types = {name: module.type for module in graph.modules for name in module.names}
-    holding = {owner for name in parameters_by_module(graph) for owner in _upward(name)}
+    holding = holding_parameters(graph)
     found: dict[str, list[str]] = {}
     for name in types:
         parent, _, number = name.rpartition(".")
@@ -86,11 +86,6 @@ def _lists(graph: ParamGraph) -> dict[str, list[str]]:
         for parent, names in found.items()
         if len({types[name] for name in names}) == 1 and all(f"{parent}.{number}" in names for number in range(len(names)))
     }
-
-
-def _upward(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 # -- finding them -------------------------------------------------------------------------------------------------------

@@ -94,17 +94,24 @@ def _decided(graph: ParamGraph, decisions: Decisions, chain: Chain, found: Parti
     homes = set(found.homes)
     if len(homes) == 1 and min(homes) >= 0:
         return decisions.to(f"cuda:{min(homes)}")
-    return decisions.place(placing(dict(_rules(chain, found)), graph))
+    return decisions.place(placing(dict(_rules(chain, found, graph)), graph))
 
 
-def _rules(chain: Chain, found: Partition) -> Iterator[tuple[str, str]]:
+def _rules(chain: Chain, found: Partition, graph: ParamGraph) -> Iterator[tuple[str, str]]:
     """The main device's rules come first, as accelerate runs what is offloaded on the first device that is named."""
     main, names = f"cuda:{found.main}", {HOST: "cpu", DISK: "disk"}
     pairs = zip(chain.modules, found.homes, strict=True)
-    entries = [(module, names.get(home, f"cuda:{home}")) for modules, home in pairs for module in modules]
+    named = ((name, home) for modules, home in pairs for module in modules for name in ([module] if module else _parts(graph)))
+    entries = [(name, names.get(home, f"cuda:{home}")) for name, home in named]
     yield from sorted(_ranges(entries), key=lambda entry: entry[1] != main)
     if chain.resident or not any(device == main for _, device in entries):
         yield "*", main
+
+
+def _parts(graph: ParamGraph) -> list[str]:
+    """What the module as a whole consists of, which no pattern names: modules with tensors, and its own tensors."""
+    names = (name for tensor in graph.tensors if tensor.kind != "attribute" for name in tensor.names if not name.endswith("]"))
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def _ranges(entries: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..tracer.errors import DecisionError
-from .workload import _check_choice, _check_count
+from .workload import check_choice, check_count
 
 Cache = Literal["dynamic", "static"]
 
@@ -39,10 +39,10 @@ class Inference:
     cache: Cache = "dynamic"
 
     def __post_init__(self) -> None:
-        _check_count("batch_size", self.batch_size)
-        _check_count("new_tokens", self.new_tokens)
+        check_count("batch_size", self.batch_size)
+        check_count("new_tokens", self.new_tokens)
         if self.seq_len is not None:
-            _check_count("seq_len", self.seq_len)
-        _check_choice("cache", self.cache, get_args(Cache))
+            check_count("seq_len", self.seq_len)
+        check_choice("cache", self.cache, get_args(Cache))
         if self.autocast is not None and self.autocast not in (torch.bfloat16, torch.float16):
             raise DecisionError(f"autocast is {self.autocast!r}; torch.autocast takes torch.bfloat16 or torch.float16")

@@ -1,8 +1,9 @@
 """What a run of serving on one device says of a plan that divides, places or quantizes: the run's allocations, by its rules.
 
 The weights are those that a rank holds in closed form. Of the rest, what modules make that tensor parallelism divides is divided
-with them; what a module makes is on the device that runs it; and a quantized layer takes its weight's bytes once more while it
-runs, as it is converted back (torchao's `Int8Tensor` on `linear`, bitsandbytes' `dequantize_4bit`).
+with them; what a module makes is on the device that runs it; replicas have DDP's buckets besides; and a quantized layer takes its
+weight's bytes once more while it runs, as it is converted back (torchao's `Int8Tensor` on `linear`, bitsandbytes'
+`dequantize_4bit`).
 """
 
 from __future__ import annotations
@@ -10,29 +11,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
+
 from ..tracer.graph import ParamGraph
-from .allocations import START, Allocation, Kind, Moment, Timeline
+from .allocations import FIRST_STEP, START, Allocation, Kind, Moment, Timeline
 from .changes import HOST
 from .decisions import Decisions, final_dtype
 from .placing import DISK, Placing, device_map
 from .quantizing import quantized_names
-from .rank_memory import weights_of
+from .rank_memory import computing_device, is_ddp, weights_of
 from .sharding import Sharding, parameters_by_module
 
+_BUCKET = "DDP's bucket"
 _Rule = Callable[[Allocation], Allocation]
 
 
 def as_planned(run: Timeline, graph: ParamGraph, decisions: Decisions, rank: int = 0) -> Timeline:
-    """The timeline of one rank, or of the one process, of a plan; `run` is that of the module whole, on one device."""
-    if decisions.sharding is None and decisions.placing is None and not decisions.quantizing:
-        return run
+    """The timeline of one rank, or of the one process, of a plan; `run` is that of the module whole, on one device, any."""
     rule = _rule(graph, decisions)
-    added = [*_weights(graph, decisions, rank), *_fetched(graph, decisions), *_converted(graph, decisions)]
+    if decisions.sharding is None and decisions.placing is None and not decisions.quantizing:
+        return Timeline(tuple(map(rule, run.allocations)), run.moments)
+    added = [*_weights(graph, decisions, rank), *_buckets(graph, decisions)]
+    added += [*_fetched(graph, decisions), *_converted(graph, decisions)]
     kept = [index for index, each in enumerate(run.allocations) if each.kind not in ("parameter", "buffer")]
     places = {index: len(added) + position for position, index in enumerate(kept)}
-    moments = [Moment(START, index, True) for index in range(len(added))]
+    moments = [Moment(FIRST_STEP if each.op == _BUCKET else START, index, True) for index, each in enumerate(added)]
     moments += [replace(each, allocation=places[each.allocation]) for each in run.moments if each.allocation in places]
-    return Timeline((*added, *(rule(run.allocations[index]) for index in kept)), tuple(moments))
+    in_order = sorted(moments, key=lambda each: each.phase != START)
+    return Timeline((*added, *(rule(run.allocations[index]) for index in kept)), tuple(in_order))
 
 
 def _weights(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[Allocation]:
@@ -45,9 +51,29 @@ def _weights(graph: ParamGraph, decisions: Decisions, rank: int) -> Iterator[All
 def _rule(graph: ParamGraph, decisions: Decisions) -> _Rule:
     if decisions.placing is not None:
         return _placed(graph, decisions.placing)
+    device = computing_device(graph, decisions)
+
+    def moved(each: Allocation) -> Allocation:
+        return each if each.device in (HOST, device) else replace(each, device=device)
+
     if decisions.sharding is not None and decisions.sharding.size("tensor") > 1:
-        return _divided(graph, decisions.sharding)
-    return lambda each: each
+        divided = _divided(graph, decisions.sharding)
+        return lambda each: divided(moved(each))
+    return moved
+
+
+# -- replicas -----------------------------------------------------------------------------------------------------------
+
+
+def _buckets(graph: ParamGraph, decisions: Decisions) -> Iterator[Allocation]:
+    """What DDP reduces gradients in: a bucket for each dtype from the first forward on, also where no gradient is asked for."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in graph.parameters if is_ddp(decisions) else ():
+        if tensor.requires_grad:
+            dtype = final_dtype(tensor, decisions)
+            sizes[dtype] = sizes.get(dtype, 0) + tensor.numel * dtype.itemsize
+    for nbytes in sizes.values():
+        yield Allocation("communication buffer", nbytes, computing_device(graph, decisions), op=_BUCKET)
 
 
 # -- tensor parallelism -------------------------------------------------------------------------------------------------

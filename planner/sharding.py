@@ -24,6 +24,7 @@ from pydantic import Field, StringConstraints, field_validator
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph
 from .kept import kept_with
+from .placing import owners
 from .records import Record, dtype_name, dtype_named
 
 Role = Literal["pipeline", "replicate", "shard", "context", "tensor", "expert"]
@@ -233,36 +234,41 @@ def sharding(
     from .stages import pipeline_of
 
     check_axes(axes)
-    for dtype in filter(None, (compute_dtype, reduce_dtype)):
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise DecisionError(
-                f"gradients and parameters are of floating point, which {dtype!r} is not; give torch.bfloat16, say"
-            )
     found = tuple(Axis(name=name, size=size) for name, size in axes.items())
-    shards = any(axis.role in ("shard", "context") for axis in found)
-    ranks = next((axis.size for axis in found if axis.role == "pipeline"), None)
-    wanted_experts = tuple(experts or ())
-    if experts is None and any(axis.role == "expert" for axis in found):
-        wanted_experts = found_experts(graph)
-    wanted = ([units] if isinstance(units, str) else list(units)) if shards or units != LAYERS else []
-    if wanted == [LAYERS]:
-        wanted = repeated_layers(graph)
+    by_role = {axis.role: axis.size for axis in found}
     made = Sharding(
         axes=found,
-        units=tuple(wanted),
+        units=_unit_patterns(units, graph, shards="shard" in by_role or "context" in by_role),
         tensor=tuple(TensorRule(pattern=pattern, style=style) for pattern, style in (tensor or {}).items()),
         engine=engine,
         reshard=reshard,
-        compute_dtype=None if compute_dtype is None else dtype_name(compute_dtype),
-        reduce_dtype=None if reduce_dtype is None else dtype_name(reduce_dtype),
+        compute_dtype=_floating(compute_dtype),
+        reduce_dtype=_floating(reduce_dtype),
         offload=offload,
-        pipeline=pipeline_of(graph, ranks, schedule, microbatches, stages),
-        experts=wanted_experts,
+        pipeline=pipeline_of(graph, by_role.get("pipeline"), schedule, microbatches, stages),
+        experts=found_experts(graph) if experts is None and "expert" in by_role else tuple(experts or ()),
         sequence_parallel=sequence_parallel,
         loss_parallel=loss_parallel,
     )
     check_sharding(made, graph)
     return made
+
+
+def _unit_patterns(units: str | Sequence[str], graph: ParamGraph, shards: bool) -> tuple[str, ...]:
+    """What is asked for; every layer that repeats where nothing else is, and none of them where nothing is sharded."""
+    if units == LAYERS and not shards:
+        return ()
+    wanted = [units] if isinstance(units, str) else list(units)
+    return tuple(repeated_layers(graph) if wanted == [LAYERS] else wanted)
+
+
+def _floating(dtype: torch.dtype | None) -> str | None:
+    """The name of a dtype that FSDP computes or reduces in."""
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise DecisionError(f"gradients and parameters are of floating point, which {dtype!r} is not; give torch.bfloat16, say")
+    return dtype_name(dtype)
 
 
 # -- names --------------------------------------------------------------------------------------------------------------
@@ -293,10 +299,15 @@ def parameters_by_module(graph: ParamGraph) -> dict[str, list[str]]:
     return {module: list(names) for module, names in found.items()}
 
 
+def holding_parameters(graph: ParamGraph) -> set[str]:
+    """The modules that hold parameters, their own or inner modules'."""
+    return {owner for name in parameters_by_module(graph) for owner in (*owners(name), name)}
+
+
 def repeated_layers(graph: ParamGraph) -> list[str]:
     """A pattern for every list of layers: modules of one class, numbered from 0, that hold parameters; inner lists left out."""
     lists: dict[str, dict[str, list[int]]] = {}
-    holding = {owner for name in parameters_by_module(graph) for owner in _owners(name)}
+    holding = holding_parameters(graph)
     for module in graph.modules:
         parent, _, number = module.name.rpartition(".")
         if number.isdecimal() and module.name in holding:
@@ -305,11 +316,6 @@ def repeated_layers(graph: ParamGraph) -> list[str]:
     if "" in repeated:
         return ["*"]
     return [f"{parent}.*" for parent in repeated if not any(parent.startswith(f"{other}.") for other in repeated)]
-
-
-def _owners(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
 
 
 # -- styles of tensor parallelism ---------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from typing import get_args
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
-from .sharding import Pipeline, Schedule, matches, parameters_by_module, repeated_layers
+from .placing import owners
+from .sharding import Pipeline, Schedule, holding_parameters, matches, parameters_by_module, repeated_layers
 
 PER_RANK = {"1f1b": 1, "gpipe": 1, "interleaved1f1b": 2}
 """Stages of a rank where nothing is said: torchtitan's `_get_pipeline_metadata`."""
@@ -71,13 +72,7 @@ def layers_of(graph: ParamGraph) -> list[str]:
             f"a pipeline divides the layers of one list, and there are {len(lists) if lists else ''}{' ' * bool(lists)}{found}: "
             'name what each stage holds, as in stages=[["embed", "layers.0"], ["layers.1", "norm", "head"]]'
         )
-    return sorted({each.name for each in graph.modules if matches(lists[0], each.name)} & _holding(graph), key=_number)
-
-
-def _holding(graph: ParamGraph) -> set[str]:
-    """The modules that hold parameters, their own or inner modules'."""
-    holding = parameters_by_module(graph)
-    return {owner for name in holding for owner in (name, *_owners(name))}
+    return sorted({each.name for each in graph.modules if matches(lists[0], each.name)} & holding_parameters(graph), key=_number)
 
 
 def _number(name: str) -> int:
@@ -117,7 +112,7 @@ def _around(graph: ParamGraph, layers: Sequence[str]) -> tuple[list[str], list[s
     Of what holds the list only the parts are named.
     """
     place = {module.name: number for number, module in enumerate(graph.modules)}
-    holding, around = _holding(graph), set(_owners(layers[0]))
+    holding, around = holding_parameters(graph), set(owners(layers[0]))
     names: dict[str, int] = {}
     for module in graph.modules:
         if module.name and module.name in holding - around - set(layers) and _parent(module.name) in around:
@@ -130,12 +125,6 @@ def _around(graph: ParamGraph, layers: Sequence[str]) -> tuple[list[str], list[s
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _owners(name: str) -> list[str]:
-    """What a module is in, from the module as a whole down."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts))]
 
 
 # -- what is on a stage -------------------------------------------------------------------------------------------------

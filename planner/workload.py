@@ -54,14 +54,14 @@ class Training:
         if not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS:
             hint = nearest(str(self.optimizer), OPTIMIZERS)
             raise DecisionError(f"no optimizer is called {self.optimizer!r} (known: {', '.join(OPTIMIZERS)}){hint}")
-        _check_count("batch_size", self.batch_size)
-        _check_count("accumulate", self.accumulate)
+        check_count("batch_size", self.batch_size)
+        check_count("accumulate", self.accumulate)
         if self.seq_len is not None:
-            _check_count("seq_len", self.seq_len)
+            check_count("seq_len", self.seq_len)
         if self.implementation is not None:
-            _check_choice("implementation", self.implementation, get_args(Implementation))
+            check_choice("implementation", self.implementation, get_args(Implementation))
             check_implementation(self.optimizer, self.implementation)
-        _check_choice("checkpointing", self.checkpointing, get_args(Checkpointing))
+        check_choice("checkpointing", self.checkpointing, get_args(Checkpointing))
         if self.autocast is not None and self.autocast not in (torch.bfloat16, torch.float16):
             raise DecisionError(f"autocast is {self.autocast!r}; torch.autocast takes torch.bfloat16 or torch.float16")
         if self.loss is not None and not callable(self.loss):
@@ -70,12 +70,14 @@ class Training:
             raise DecisionError(f"clip_grad_norm is {self.clip_grad_norm!r}; it is a number above 0")
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
+    """Raise `DecisionError` for what is no number from 1 up."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DecisionError(f"{name} is {value!r}; it counts from 1 up")
 
 
-def _check_choice(name: str, value: object, known: Sequence[str]) -> None:
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise `DecisionError` for a value that is none of the `known` ones."""
     if not isinstance(value, str) or value not in known:
         raise DecisionError(f"{name} is {value!r}; known: {', '.join(known)}{nearest(str(value), known)}")
 

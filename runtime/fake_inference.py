@@ -10,17 +10,16 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..planner.allocations import Kind, Timeline
 from ..planner.decisions import Decisions
 from ..planner.inference import Inference
+from ..planner.inference_parts import as_planned
+from ..tracer.errors import DecisionError
 from .allocations import Allocations
 from .build import Build
-from .cuda_kernels import cuda_kernels
 from .example_inputs import example_inputs
-from .fake_step import _generators_kept, _named, _sequences_not_packed, _values_looked_at, device_of, step_module
-from .fake_tensors import fake_inputs, make_fake, tensors_of
+from .fake_step import device_of, imagined, step_module
 from .inference_step import run_inference
 
 _HOST = "cpu"
@@ -40,11 +39,15 @@ def fake_rank_inference(build: Build, decisions: Decisions, inference: Inference
     """The same of one rank of a plan that shards, under torch's own FSDP2 and tensor parallelism, as `fake_rank_step` does it."""
     from .fake_ranks import followed_rank
     from .fake_world import fake_world
-    from .parallel import apply_sharding, mesh_of
+    from .parallel import apply_sharding, mesh_of, not_run
 
     sharding, device = decisions.sharding, device_of(build, decisions)
-    if sharding is None or sharding.size("shard") == sharding.size("tensor") == 1:  # each rank serves by itself
+    if sharding is None:
         return fake_inference(build, decisions, inference)
+    if given := not_run(sharding):
+        raise DecisionError(f'tier="T1" runs what the runtime carries out, and not {" and ".join(given)}; ask for tier="T0"')
+    if sharding.axis("shard") is None and sharding.axis("tensor") is None:  # replicas, each of which serves by itself
+        return as_planned(fake_inference(build, decisions, inference), build.graph, decisions, rank)
     copied = sharding.offload and device != _HOST
     module = step_module(build, decisions)
     inputs = example_inputs(module, inference)
@@ -63,35 +66,13 @@ def run_fake_inference(
 ) -> Timeline:
     """The same for a module of meta tensors, which it puts fake tensors into, and given inputs; as `run_fake` for training."""
     found = Allocations(on_cpu=device == _HOST)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def kept(kind: Kind, value: Any) -> None:
         for name, tensor in _tensors_within(value):
             found.label(tensor, kind, name)
 
-    chosen = cuda_kernels() if device.startswith("cuda") else nullcontext()
-    with (
-        _values_looked_at(),
-        _generators_kept(found),
-        _sequences_not_packed(),
-        _experts_of_any_dtype(),
-        chosen,
-        around(found),
-        mode,
-    ):
-        make_fake(module, mode)
-        faked = fake_inputs(mode, inputs)
-        for kind, name, tensor in tensors_of(module):
-            found.label(tensor, kind, name, on_host=offload and kind == "parameter")
-        for name, tensor in _named(faked):
-            found.label(tensor, "input", name)
-        handles = found.follow(module)
-        try:
-            with found:
-                run_inference(module, faked, inference, found.phase, kept, every=False, on_cuda=device.startswith("cuda"))
-        finally:
-            for handle in handles:
-                handle.remove()
+    with _experts_of_any_dtype(), imagined(found, module, inputs, device, offload, around(found)) as faked, found:
+        run_inference(module, faked, inference, found.phase, kept, every=False, on_cuda=device.startswith("cuda"))
     return found.timeline(device, _HOST)
 
 

@@ -66,6 +66,37 @@ def test_70b_fits_two_devices() -> None:
     assert plan.memory(SERVING).fits("2x80GB").verdict == "fits"
 
 
+def linears() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(8192, 8192) for _ in range(40)))
+
+
+def test_the_device_with_room_has_all_of_it_wherever_it_comes() -> None:
+    plan = gp.trace(linears).fit("8GB+24GB", gp.Inference())
+    assert plan.decisions.placing is None and plan.decisions == gp.trace(linears).to("cuda:1").decisions
+    assert plan.memory(gp.Inference()).fits("8GB+24GB").verdict == "fits"
+
+
+class Undivided(nn.Module):
+    """A module with a tensor of its own and no layers that repeat, which is one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16384, 32768, bias=False), nn.Linear(32768, 16384, bias=False)
+        self.third = nn.Linear(16384, 16384, bias=False)
+        self.scale = nn.Parameter(torch.ones(16384))
+
+    def forward(self, value: torch.Tensor) -> Any:
+        return self.third(self.second(self.first(value * self.scale)))
+
+
+def test_a_module_that_is_one_unit_may_be_in_host_memory() -> None:
+    workload = gp.Inference(inputs=lambda: (torch.empty(1, 16384, device="meta"),))
+    plan = gp.trace(Undivided).fit("4500MB+64GB-cpu", workload)
+    assert plan.decisions.placing is not None and plan.decisions.placing.main == "cuda:0"
+    assert {_home(plan, tensor) for tensor in plan.graph.parameters} == {"cpu"}
+    assert plan.memory(workload).fits("4500MB+64GB-cpu").verdict == "fits"
+
+
 # -- the search ---------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +154,7 @@ def test_the_plan_is_saved_and_bound_again(tmp_path: Path) -> None:
 
 
 def test_the_disk_is_taken_only_if_that_is_allowed() -> None:
-    plan, workload = gp.trace(lambda: nn.Sequential(*(nn.Linear(8192, 8192) for _ in range(40)))), gp.Inference()
+    plan, workload = gp.trace(linears), gp.Inference()
     with pytest.raises(gp.FitError, match=r"GB-cpu, with .* of the weights in host memory"):
         plan.fit("4GB+4GB-cpu", workload)
     found = plan.fit("4GB+4GB-cpu", workload, disk=True)

@@ -213,11 +213,43 @@ def test_gathered_units_are_left_out_by_rule_and_counted_in_a_run() -> None:
     assert kinds["gathered parameter"] and ran.phases["step"] > by_rule.phases["step"]
 
 
-def test_a_rank_of_replicas_serves_by_itself() -> None:
+def test_a_rank_of_replicas_has_the_buckets_of_gradients_besides() -> None:
+    """DDP's reducer makes them at the first forward, also where no gradient is asked for."""
     plan, inference = served("Llama")
-    replicated = plan.shard({"ddp": 2})
+    trained = sum(each.nbytes for each in plan.graph.parameters)
     for tier in ("T0", "T1"):
-        assert replicated.memory(inference, tier=tier).phases["step"] == plan.memory(inference).phases["step"]
+        memory = plan.shard({"ddp": 2}).memory(inference, tier=tier)
+        assert memory.phases["step"] == plan.memory(inference).phases["step"] + trained and not memory.left_out
+
+
+def test_offloaded_weights_come_to_the_device_of_a_single_rank_too() -> None:
+    plan, inference = served("Llama")
+    plan = plan.to("cuda").shard({"dp": 1}, offload=True)
+    by_rule, ran = plan.memory(inference), plan.memory(inference, tier="T1")
+    assert "gathered units" in by_rule.left_out and not ran.left_out
+    assert ran.by_device["step"]["cuda:0"] > by_rule.by_device["step"]["cuda:0"]
+
+
+@pytest.mark.parametrize("axes", [{"pp": 2}, {"cp": 2}, {"dp": 2, "cp": 2}])
+def test_axes_that_are_not_run_are_left_out_by_rule_and_refused_in_a_run(axes: dict[str, int]) -> None:
+    plan, inference = served("Llama")
+    plan = plan.to("cuda").shard(axes)
+    memory = plan.memory(inference)
+    assert "communication buffers" in memory.left_out and memory.fits("4x80GB").verdict == "tight"
+    assert any(f"not divided along {list(axes)[-1]}" in note for note in memory.notes)
+    with pytest.raises(gp.DecisionError, match='tier="T0"'):
+        plan.memory(inference, tier="T1")
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), lambda: LookingLayers()])
+def test_of_a_pipeline_the_worst_stage_is_given(build: Any) -> None:
+    memory = gp.trace(build).shard({"pp": 2}, stages=[1, 3]).memory(gp.Inference())
+    assert memory.phases == memory.rank(1).phases and memory.rank(1).peak > memory.rank(0).peak
+
+
+class LookingLayers(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*(Looking() for _ in range(4)))
 
 
 def test_what_a_module_makes_is_on_its_device() -> None:
