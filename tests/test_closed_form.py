@@ -290,3 +290,11 @@ def test_fsdp_keeps_what_it_is_told_to() -> None:
 
 def test_the_phases_are_all_there() -> None:
     assert set(PHASES) <= set(gp.trace(nn.Linear, 3, 4).memory(gp.Training()).phases)
+
+
+# -- several axes -------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_axis_adds_no_ranks_to_look_at() -> None:
+    plan = gp.trace(DEEP["Mixtral"]).shard({"dp": 64, "ep": 4})
+    assert [each for found in plan.report().rank_classes for each in found.ranks] == [0, 63]
