@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
-from .activity import inputs, trained
+from .activity import inputs, reached, trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .exchanges import attention_output, ring_attention
@@ -81,6 +81,7 @@ def rank_timelines(
         fsdp = None if profile is None else fsdp_of(graph, decisions, held, device)
         weights_then = [*padded, *buckets]
         if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:
+            stepped = reached(graph, profile, stepped)
             active = _in_pipeline(profile, decisions.sharding, rank, [each.gradient for each in stepped], device, fsdp)
             phases, state = training_phases([*weights_then, *inputs(profile, device)], stepped, workload, active)
         else:
