@@ -8,7 +8,7 @@ size too (torch/distributed/fsdp/_fully_shard/_fsdp_param.py), the optimizer's s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..tracer.draws import is_random_fill, is_trunc_normal
@@ -71,7 +71,7 @@ def rank_timelines(
         constructed += [_change(each, each.working), _change(each, each.nbytes), _change(each, -each.working)]
         weights.append(_change(each, each.nbytes))
     whole = [_change(each, max(each.nbytes, each.working)) for each in held]  # a layer is read before it is quantized
-    found = {"construct": constructed, "load": [*weights, *(_largest(whole) if decisions.quantizing else staged(weights))]}
+    found = {"construct": constructed, "load": [*weights, *(copied_to_host(whole) if decisions.quantizing else staged(weights))]}
     state: list[Change] = []
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
@@ -91,7 +91,7 @@ def rank_timelines(
             phases |= {name: [ring, *phases[name], ring._replace(nbytes=-ring.nbytes)] for name in ("first_step", "step")}
         found.update(phases)
     saved = [*weights, *state]
-    found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
+    found["checkpoint"] = [*saved, *copied_to_host(each for each in saved if each.device != HOST)]
     return found
 
 
@@ -148,7 +148,7 @@ def staged(weights: Sequence[Change]) -> list[Change]:
     return [] if largest is None else [Change(HOST, largest.tensor, min(largest.nbytes, READ_BYTES))]
 
 
-def _largest(changes: Sequence[Change]) -> list[Change]:
+def copied_to_host(changes: Iterable[Change]) -> list[Change]:
     """A copy in host memory of the largest one."""
     largest = max(changes, key=lambda change: change.nbytes, default=None)
     return [] if largest is None else [largest._replace(device=HOST)]
