@@ -25,14 +25,17 @@ def trained(
     fsdp: Fsdp | None = None,
 ) -> tuple[dict[str, list[Change]], list[Change]]:
     """The phases of a training step, and the optimizer's state by itself, on a rank that computes on `device`."""
-    if workload.implementation is None and len({each.parameter.whole is None for each in stepped}) > 1:
-        workload = replace(workload, implementation="for-loop")  # of DTensors and whole tensors side by side torch takes no other
     if profile is None:
         return training_phases(weights, stepped, workload)
+    stepped = reached(graph, profile, stepped)
+    active = activity(profile, [each.gradient for each in stepped], device, workload.accumulate, fsdp)
+    return training_phases([*weights, *inputs(profile, device)], stepped, workload, active)
+
+
+def reached(graph: ParamGraph, profile: Profile, stepped: Sequence[Stepped]) -> list[Stepped]:
+    """Those that get a gradient: the others have no state either."""
     names = {graph.by_name[name].name for name in profile.gradients if name in graph.by_name}
-    reached = [each for each in stepped if each.gradient.tensor in names]
-    active = activity(profile, [each.gradient for each in reached], device, workload.accumulate, fsdp)
-    return training_phases([*weights, *inputs(profile, device)], reached, workload, active)
+    return [each for each in stepped if each.gradient.tensor in names]
 
 
 def activity(

@@ -21,7 +21,8 @@ from .local_parts import distinct_ranks
 from .memory import Binding, Memory, run_phase
 from .optimizer import Trained
 from .profile import NoProfile, Profile
-from .rank_memory import computing_device, rank_timelines, staged
+from .rank_memory import computing_device, copied_to_host, rank_timelines, staged
+from .replayed_run import is_cuda
 from .training_memory import Stepped, hidden_names
 from .workload import Training
 
@@ -103,7 +104,7 @@ def _left_out(
         return ()
     if not isinstance(profile, Profile):
         return without
-    return left_out_of(each.op for each in profile.allocations) if any(map(_is_cuda, by_device["step"])) else ()
+    return left_out_of(each.op for each in profile.allocations) if any(map(is_cuda, by_device["step"])) else ()
 
 
 def _communicators(decisions: Decisions) -> int:
@@ -131,14 +132,8 @@ def _timelines(
         phases, state = trained(graph, weights, stepped, workload, profile, computing_device(graph, decisions))
         found.update(phases)
     saved = [*weights, *state]
-    found["checkpoint"] = [*saved, *_largest((each for each in saved if each.device != HOST), HOST)]
+    found["checkpoint"] = [*saved, *copied_to_host(each for each in saved if each.device != HOST)]
     return found
-
-
-def _largest(changes: Iterable[Change], device: str) -> list[Change]:
-    """A copy on `device` of the largest one."""
-    largest = max(changes, key=lambda change: change.nbytes, default=None)
-    return [] if largest is None else [largest._replace(device=device)]
 
 
 def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Iterator[Stepped]:
@@ -167,24 +162,18 @@ def memory_of_run(
 
     `of_rank` gives that of any rank. Raises what `memory` raises.
     """
-    weights, closed = memory(graph, decisions).rank(rank), memory(graph, decisions, workload, profile).rank(rank)
+    closed = memory(graph, decisions, workload, profile).rank(rank)
     by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
     by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
-    places = [(phase, device) for phase, devices in by_device.items() for device in devices]
-    phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
-    notes = tuple(run_notes(decisions, device, workload))
-    found = replace(closed, by_device=by_device, binding=Binding(phase, device, by_device[phase][device], ()), notes=notes)
-    tensors = weights.binding.tensors
-    if phase in run.peaks:
-        tensors = largest_of(run.at_peak(run_phase(found, run), device))
-    on_cuda = any(map(_is_cuda, by_device["step"]))
+    timelines = {phase: changes for phase, changes in closed.changes.items() if phase not in run.peaks}
+    binding = _binding(by_device, timelines)
+    notes = tuple(run_notes(decisions, binding.device, workload))
+    found = replace(closed, by_device=by_device, binding=binding, notes=notes, tier="T1", closed_form=closed, run=run)
+    if binding.phase in run.peaks:
+        binding = replace(binding, tensors=largest_of(run.at_peak(run_phase(found), binding.device)))
+    on_cuda = any(map(is_cuda, by_device["step"]))
     left_out = (RESERVED, *left_out_of(each.op for each in run.allocations)) if on_cuda else ()
-    binding = replace(found.binding, tensors=tensors)
-    return replace(found, binding=binding, tier="T1", closed_form=closed, run=run, left_out=left_out, of_rank=of_rank)
-
-
-def _is_cuda(device: str) -> bool:
-    return device.startswith("cuda")
+    return replace(found, binding=binding, left_out=left_out, of_rank=of_rank)
 
 
 def largest_of(allocations: Iterable[Allocation]) -> tuple[tuple[str, int], ...]:
@@ -216,7 +205,7 @@ def _binding(by_device: Mapping[str, Mapping[str, int]], timelines: Mapping[str,
     places = [(phase, device) for phase, devices in by_device.items() for device in devices]
     phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
     peak = by_device[phase][device]
-    return Binding(phase, device, peak, _tensors_at_peak(timelines[phase], device, peak))
+    return Binding(phase, device, peak, _tensors_at_peak(timelines.get(phase, ()), device, peak))
 
 
 def _tensors_at_peak(changes: Iterable[Change], device: str, peak: int) -> tuple[tuple[str, int], ...]:

@@ -8,13 +8,13 @@ size too (torch/distributed/fsdp/_fully_shard/_fsdp_param.py), the optimizer's s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
-from .activity import inputs, trained
+from .activity import inputs, reached, trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .exchanges import attention_output, ring_attention
@@ -71,7 +71,7 @@ def rank_timelines(
         constructed += [_change(each, each.working), _change(each, each.nbytes), _change(each, -each.working)]
         weights.append(_change(each, each.nbytes))
     whole = [_change(each, max(each.nbytes, each.working)) for each in held]  # a layer is read before it is quantized
-    found = {"construct": constructed, "load": [*weights, *(_largest(whole) if decisions.quantizing else staged(weights))]}
+    found = {"construct": constructed, "load": [*weights, *(copied_to_host(whole) if decisions.quantizing else staged(weights))]}
     state: list[Change] = []
     if workload is not None:
         padded = [_change(each, each.padded * each.itemsize + each.quantized) for each in held]
@@ -81,6 +81,7 @@ def rank_timelines(
         fsdp = None if profile is None else fsdp_of(graph, decisions, held, device)
         weights_then = [*padded, *buckets]
         if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:
+            stepped = reached(graph, profile, stepped)
             active = _in_pipeline(profile, decisions.sharding, rank, [each.gradient for each in stepped], device, fsdp)
             phases, state = training_phases([*weights_then, *inputs(profile, device)], stepped, workload, active)
         else:
@@ -90,7 +91,7 @@ def rank_timelines(
             phases |= {name: [ring, *phases[name], ring._replace(nbytes=-ring.nbytes)] for name in ("first_step", "step")}
         found.update(phases)
     saved = [*weights, *state]
-    found["checkpoint"] = [*saved, *_largest([each for each in saved if each.device != HOST])]
+    found["checkpoint"] = [*saved, *copied_to_host(each for each in saved if each.device != HOST)]
     return found
 
 
@@ -147,7 +148,7 @@ def staged(weights: Sequence[Change]) -> list[Change]:
     return [] if largest is None else [Change(HOST, largest.tensor, min(largest.nbytes, READ_BYTES))]
 
 
-def _largest(changes: Sequence[Change]) -> list[Change]:
+def copied_to_host(changes: Iterable[Change]) -> list[Change]:
     """A copy in host memory of the largest one."""
     largest = max(changes, key=lambda change: change.nbytes, default=None)
     return [] if largest is None else [largest._replace(device=HOST)]

@@ -44,7 +44,7 @@ def ranks_alike(graph: ParamGraph, sharding: Sharding | None, memory: Memory) ->
     if sharding is None or memory.ranks == 1:
         return (RanksAlike((0,), memory),)
     found: dict[RankClass, list[int]] = {}
-    for rank in _looked_at(memory.ranks, [axis.size for axis in sharding.axes]):
+    for rank in _looked_at(memory.ranks, [axis.size for axis in sharding.dense_axes]):
         found.setdefault(rank_class(graph, sharding, rank), []).append(rank)
     return tuple(RanksAlike(tuple(ranks), memory.rank(ranks[0])) for ranks in found.values())
 

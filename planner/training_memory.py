@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
 from .changes import HOST, Change
 from .muon import Slot, hidden_matrices
-from .optimizer import Piece, Trained
+from .optimizer import Implementation, Piece, Trained
 from .optimizers import clipping_pieces, state_pieces, working_pieces
 from .workload import Training
 
@@ -30,7 +31,7 @@ def training_phases(
     one is there in full before it is added to the old (torch/csrc/autograd/functions/accumulate_grad.h).
     """
     parameters, gradients = [each.parameter for each in stepped], [each.gradient for each in stepped]
-    chosen = (workload.optimizer, workload.implementation, parameters)
+    chosen = (workload.optimizer, _implementation(workload, parameters), parameters)
     on_device, on_host = state_pieces(*chosen)
     state = [*_changes(stepped, on_device), *(each._replace(device=HOST) for each in _changes(stepped, on_host))]
     clipped = [] if workload.clip_grad_norm is None else _changes(stepped, clipping_pieces(parameters))
@@ -42,6 +43,18 @@ def training_phases(
         "optimizer": [*weights, *state, *gradients, *clipped, *_released(clipped), *_changes(stepped, working_pieces(*chosen))],
     }
     return phases, state
+
+
+def _implementation(workload: Training, parameters: Sequence[Trained]) -> Implementation | None:
+    """Of DTensors and whole tensors side by side torch takes the loop alone; raises `DecisionError` for another."""
+    if len({each.whole is None for each in parameters}) <= 1:
+        return workload.implementation
+    if workload.implementation not in (None, "for-loop"):
+        raise DecisionError(
+            f"implementation={workload.implementation!r} steps all parameters in one op, and torch refuses one of DTensors and "
+            'whole tensors, which tensor parallelism leaves side by side; say implementation="for-loop"'
+        )
+    return "for-loop"
 
 
 def _changes(stepped: Sequence[Stepped], pieces: Sequence[Piece]) -> list[Change]:

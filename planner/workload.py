@@ -29,9 +29,9 @@ class Training:
     `selective`, by op, as torchtitan has it: such a layer keeps besides what attention, reduce-scatter and every other matrix
     product give (`runtime/checkpointing.py`).
 
-    What follows is for a run of the step (`plan.memory(..., tier="T1")`). `inputs` are example inputs: a mapping or a tuple of
-    tensors, real or meta, or a callable that gives one; None makes them from the module's signature. `loss` is a function of the
-    module's output; None takes the output's `.loss`, or the sum of the outputs. `autocast` is a dtype.
+    What follows is for forward and backward, which every tier traces or runs. `inputs` are example inputs: a mapping or a tuple
+    of tensors, real or meta, or a callable that gives one; None makes them from the module's signature. `loss` is a function of
+    the module's output; None takes the output's `.loss`, or the sum of the outputs. `autocast` is a dtype.
 
     Raises `DecisionError` for values that cannot be, and for an implementation that the optimizer does not have.
 

@@ -290,3 +290,60 @@ def test_fsdp_keeps_what_it_is_told_to() -> None:
 
 def test_the_phases_are_all_there() -> None:
     assert set(PHASES) <= set(gp.trace(nn.Linear, 3, 4).memory(gp.Training()).phases)
+
+
+# -- several axes -------------------------------------------------------------------------------------------------------
+
+
+class Spare(nn.Module):
+    """Layers that are divided by columns and by rows, with a bias that is not, and a parameter that gets no gradient."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.unused = nn.Parameter(torch.ones(5))
+
+        def forward(self, value: torch.Tensor) -> Any:
+            return self.down(torch.relu(self.up(value)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Spare.Layer() for _ in range(4))
+
+    def forward(self, value: torch.Tensor) -> Any:
+        for layer in self.layers:
+            value = layer(value)
+        return value
+
+
+SPARE_RULES = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
+DIVIDED: list[tuple[dict[str, int], dict[str, Any]]] = [({"tp": 2}, {}), ({"pp": 2, "tp": 2}, {"microbatches": 2})]
+
+
+@pytest.mark.parametrize(("axes", "options"), DIVIDED, ids=["tp", "pp and tp"])
+def test_dtensors_beside_whole_tensors_are_stepped_one_by_one(axes: dict[str, int], options: dict[str, Any]) -> None:
+    plan = gp.trace(Spare).to("cuda").shard(axes, tensor=SPARE_RULES, **options)
+
+    def step(implementation: Any) -> gp.Memory:
+        return plan.memory(gp.Training("adamw", inputs=(torch.ones(4, 8),), implementation=implementation))
+
+    assert not step(None).left_out
+    assert step(None).by_device == step("for-loop").by_device
+    for implementation in ("foreach", "fused"):
+        with pytest.raises(gp.DecisionError, match=f"implementation='{implementation}' .* say implementation=\"for-loop\""):
+            step(implementation)
+
+
+@pytest.mark.parametrize(("axes", "options"), [({"dp": 1}, {}), ({"pp": 2}, {"microbatches": 2})], ids=["dp", "pp"])
+def test_what_gets_no_gradient_has_no_state(axes: dict[str, int], options: dict[str, Any]) -> None:
+    plan = gp.trace(Spare).shard(axes, **options)
+    found = plan.memory(gp.Training("adamw", inputs=(torch.ones(4, 8),)))
+    assert not found.left_out
+    layer = (8 * 16 + 16 + 16 * 8 + 8) * 8 + 4 * 4  # moments, and four counts of steps
+    assert found.phases["step"] - found.phases["first_step"] == 4 // axes.get("pp", 1) * layer
+
+
+def test_an_expert_axis_adds_no_ranks_to_look_at() -> None:
+    plan = gp.trace(DEEP["Mixtral"]).shard({"dp": 64, "ep": 4})
+    assert [each for found in plan.report().rank_classes for each in found.ranks] == [0, 63]
