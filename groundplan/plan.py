@@ -302,8 +302,9 @@ class Plan:
         """Decide where everything goes, for serving on one node, a `gp.Cluster` or a string such as `"1x24GB+64GB-cpu"`.
 
         One device has all of it, if one can; else each gets consecutive layers, and what is left lies in host memory, or on disk
-        if `disk` allows that: the fewest bytes that there is a way for, which is proven, with the cache and activations of
-        `workload` counted, the CUDA context, the allocator's rules and the margin of a verdict. `together` are patterns of
+        if `disk` allows that: the fewest bytes for the room that there is, by an exact search, with the cache and activations of
+        `workload` counted. What is found is checked by the verdict, CUDA context, allocator's rules and margin included; a place
+        that falls short gets less room, and the search is repeated. `together` are patterns of
         modules that are not divided, every layer that repeats if None. `materialize` carries the plan out.
 
         Raises `FitError` where nothing fits, with what is missing and what would do: host memory, or int8 weights, if trying

@@ -19,7 +19,7 @@ def closed_notes(
 ) -> Iterator[str]:
     """What the closed form takes for granted of a plan for one device."""
     yield "sizes are those of the tensors: the allocator's rounding, the CUDA context and Python itself come on top"
-    yield "construct leaves out what the constructor makes and drops, and temporaries inside an op, such as orthogonal_'s"
+    yield "construct leaves out what the constructor drops and no value depends on, and temporaries inside an op"
     if decisions.steps:
         yield "construct converts what is merely filled while it is drawn, other tensors one at a time, as nn.Module.to does"
         yield "construct may take more where _apply is overridden (nn.LSTM)"
@@ -34,6 +34,8 @@ def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what
     if isinstance(profile, Profile):
         kernels = "the CPU's kernels" if device == HOST else "CUDA's kernels where they keep otherwise than the CPU's"
         yield f"training: activations are those of one forward and backward, traced with {kernels}"
+        if device != HOST:
+            yield "what CUDA's caching allocator reserves beside is for the margin to cover; tiers T1 and T2 find it out"
         if workload.loss is None:
             yield "the loss is the output's own, or else the sum of the outputs"
     else:
