@@ -31,7 +31,8 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _STANDING_IN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cuda_")  # files that call ops in the module's place
 _AGAIN = -1  # stands for all nodes of a forward that runs again within the backward
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
-_ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
+ACCUMULATE = 2**64 - 1
+"""The sequence number of autograd's AccumulateGrad nodes."""
 _UNSETTLED = ("temporary", "activation", "communication buffer")  # FSDP's gradients are views of what is reduced
 
 
@@ -91,7 +92,7 @@ class Allocations(TorchDispatchMode):
         self._numbers: dict[int, list[int]] = {}  # pieces that an autograd node keeps, by its sequence number
         self._in_forward = False
         self._origins: list[Origin] = []
-        self._ran = _ACCUMULATE
+        self._ran = ACCUMULATE
         self._modules: list[str] = [""]
 
     def __enter__(self) -> Allocations:
@@ -287,7 +288,7 @@ class Allocations(TorchDispatchMode):
 
     def _release_numbers(self, node: Any) -> None:
         """A node lets go of what it keeps as soon as it has run."""
-        current = _ACCUMULATE if node is None else node._sequence_nr()
+        current = ACCUMULATE if node is None else node._sequence_nr()
         if not torch.is_grad_enabled():  # a checkpoint's second forward is over: its graph is not needed any more
             for index in self._numbers.pop(_AGAIN, ()):
                 self._gone(index)

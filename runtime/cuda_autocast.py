@@ -53,7 +53,8 @@ WIDEST = (
 """In the widest dtype of the operands."""
 
 
-def _op(name: str) -> Any:
+def op_named(name: str) -> Any:
+    """The op of aten called so, as `softmax.int`."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(aten, packet), overload or "default")
 
@@ -122,14 +123,14 @@ def _appended(op: Any, other: Any) -> Callable[..., Any]:
 def _known(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """Those that CUDA's autocast of the torch that is installed converts: its kernels are in a torch without CUDA, too."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return ((name, _op(name)) for name in names if has(f"aten::{name}", "AutocastCUDA"))
+    return ((name, op_named(name)) for name in names if has(f"aten::{name}", "AutocastCUDA"))
 
 
 def _kernels() -> Iterator[tuple[str, Callable[..., Any]]]:
     yield from ((name, _in(op, _lower)) for name, op in _known(LOWER_PRECISION))
     yield from ((name, _in(op, _float32)) for name, op in _known(FLOAT32))
     yield from ((name, _with_dtype(op)) for name, op in _known(FLOAT32_OUT))
-    yield from ((name, _appended(op, _op(FLOAT32_NORM[name]))) for name, op in _known(FLOAT32_NORM))
+    yield from ((name, _appended(op, op_named(FLOAT32_NORM[name]))) for name, op in _known(FLOAT32_NORM))
     yield from ((name, _in(op, _widest)) for name, op in _known(WIDEST))
 
 

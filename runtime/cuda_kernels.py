@@ -23,7 +23,7 @@ import torch
 from torch._guards import active_fake_mode
 
 from .cuda_attention import attention
-from .cuda_autocast import AUTOCAST
+from .cuda_autocast import AUTOCAST, op_named
 
 aten = torch.ops.aten
 
@@ -47,26 +47,39 @@ def cuda_kernels() -> Iterator[None]:
                 warnings.simplefilter("ignore")  # that a kernel has been there before
                 for name, kernel in CHOICES.items():
                     library.impl(name, _for_fakes(name, kernel), "AutogradCPU")
-                for name, kernel in AUTOCAST.items():
-                    library.impl(name, kernel, "AutocastCPU")
-                for name in _converted_on_the_cpu_only():
-                    library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+                for name, kernel in _converting().items():
+                    library.impl(name, kernel, "AutocastCPU", with_keyset=True)
             yield
         finally:
             library._destroy()
 
 
 @functools.cache
-def _converted_on_the_cpu_only() -> list[str]:
-    """The ops that autocast converts on the CPU and not on CUDA, by torch's own table of kernels."""
+def _converting() -> Mapping[str, Kernel]:
+    """The ops that only one of the CPU's and CUDA's autocast converts, by torch's own table of kernels, or each otherwise."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and has(name, "AutocastCPU"))
-    return [name.removeprefix("aten::") for name in names if not has(name, "AutocastCUDA")]
+    on_cpu_only = [name.removeprefix("aten::") for name in names if not has(name, "AutocastCUDA")]
+    return {name: _converting_fakes(name, AUTOCAST.get(name)) for name in (*AUTOCAST, *on_cpu_only)}
+
+
+def _converting_fakes(name: str, kernel: Kernel | None) -> Kernel:
+    """A kernel that converts fake tensors by `kernel` (None: not at all), and real ones as the CPU's autocast does."""
+    op, key = op_named(name), torch._C.DispatchKey.AutocastCPU
+    of_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
+    own = torch.library.get_kernel(op, key).call_boxed if of_cpu else None
+    after = torch._C._dispatch_keyset_full_after(key)
+
+    def chosen(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if active_fake_mode() is None:
+            return op.redispatch(keys & after, *args, **kwargs) if own is None else own(keys, *args, **kwargs)
+        return op.redispatch(keys & after, *args, **kwargs) if kernel is None else kernel(*args, **kwargs)
+
+    return chosen
 
 
 def _for_fakes(name: str, kernel: Kernel) -> Kernel:
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(aten, packet), overload or "default")
+    op = op_named(name)
 
     @functools.wraps(kernel)
     def chosen(*args: Any, **kwargs: Any) -> Any:

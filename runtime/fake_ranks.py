@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from unittest import mock
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, _random, _sharding_prop
 
@@ -37,6 +38,7 @@ from .parallel import apply_sharding, mesh_of, not_run
 _HOST = "cpu"
 
 
+@torch.inference_mode(False)  # grad mode is on, whatever it is around the question
 def fake_rank_step(build: Build, decisions: Decisions, training: Training, rank: int) -> Timeline:
     """The timeline of two training steps of one rank of the plan, in bytes on the plan's device, with its offload in host memory.
 

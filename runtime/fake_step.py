@@ -39,6 +39,7 @@ from .training_step import run_training
 _HOST = "cpu"
 
 
+@torch.inference_mode(False)  # grad mode is on, whatever it is around the question
 def fake_step(build: Build, decisions: Decisions, training: Training) -> Timeline:
     """The timeline of two training steps of the plan's module, in bytes on the plan's device.
 

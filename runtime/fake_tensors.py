@@ -24,17 +24,17 @@ CPU = torch.device("cpu")
 
 def fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     """A fake CPU tensor of the same shape, strides and dtype, on a meta storage: a meta tensor's own, so views stay."""
-    elem = value.detach() if value.is_meta else value.detach().to("meta")
-    if not value.is_meta:
-        elem = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return FakeTensor(mode, elem, CPU).requires_grad_(value.requires_grad)
+    made = value.detach() if value.is_meta else _empty_like(value)
+    return FakeTensor(mode, made, CPU).requires_grad_(value.requires_grad)
 
 
 def fake_local(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     """A DTensor of meta with what this rank holds in fake memory of its own: it may be a view of the whole, or padded."""
-    local = local_of(value)
-    alone = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device="meta")
-    return wrapped(value, fake(mode, alone)).requires_grad_(value.requires_grad)
+    return wrapped(value, fake(mode, _empty_like(local_of(value)))).requires_grad_(value.requires_grad)
+
+
+def _empty_like(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def fake_inputs(mode: FakeTensorMode, inputs: Any) -> Any:

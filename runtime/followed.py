@@ -13,9 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..planner.allocations import START, Moment
 from ..planner.profile import Mark
-from .allocations import Allocations
-
-_ACCUMULATE = 2**64 - 1  # the sequence number of autograd's AccumulateGrad nodes
+from .allocations import ACCUMULATE, Allocations
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class Followed(Allocations):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         node = torch._C._current_autograd_node()
-        if node is not None and (number := node._sequence_nr()) != _ACCUMULATE:
+        if node is not None and (number := node._sequence_nr()) != ACCUMULATE:
             self._release_numbers(node)
             inside = self._stays[bisect.bisect_right(self._numbered, number) - 1]
             if inside != self._back:

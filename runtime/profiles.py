@@ -53,10 +53,21 @@ def profile_of(build: Build, decisions: Decisions, training: Training) -> Profil
 
 def _key(build: Build, decisions: Decisions, training: Training) -> Any:
     sharding = decisions.sharding
-    on_cpu = device_of(build, decisions) == "cpu"
-    kernels = (torch.get_num_threads(), torch.backends.mkldnn.enabled) if on_cpu else None
+    device = "cpu" if device_of(build, decisions) == "cpu" else "cuda"
     workload = (training.batch_size, training.seq_len, training.autocast, training.checkpointing, training.accumulate > 1)
-    return decisions.casts, kernels, _divided(sharding), workload, _look(training.inputs), id(training.loss)
+    return decisions.casts, device, _settings(), _divided(sharding), workload, _look(training.inputs), id(training.loss)
+
+
+def _settings() -> Any:
+    """Torch's own settings that kernels, and the dtypes that the module's code does not say, are chosen by."""
+    attention = torch.backends.cuda
+    return (
+        (torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.are_deterministic_algorithms_enabled()),
+        (attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled()),
+        (attention.cudnn_sdp_enabled(), *torch._C._get_sdp_priority_order()),
+        (torch.get_default_dtype(), torch.get_default_device()),
+        (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+    )
 
 
 def _divided(sharding: Sharding | None) -> Any:
@@ -68,23 +79,31 @@ def _divided(sharding: Sharding | None) -> Any:
         tensor,
         sharding.pipeline,
         sharding.size("context"),
-        (sharding.units, sharding.compute_dtype) if sharding.shards else None,
+        (sharding.shards, sharding.units, sharding.compute_dtype) if _is_watched(sharding) else None,
     )
 
 
+def _is_watched(sharding: Sharding) -> bool:
+    """Whether a profile says when units and stages begin and end, and is computed in their dtype."""
+    return sharding.shards or sharding.pipeline is not None
+
+
 def _look(inputs: Any) -> Any:
-    """What of given inputs matters: shapes and dtypes of tensors, other things themselves."""
+    """What of given inputs matters: shapes and dtypes of tensors, and which are one; other things themselves."""
     if inputs is None or callable(inputs):
         return id(inputs)
-    return tuple((str(path), _leaf(each)) for path, each in tree_flatten_with_path(inputs)[0])
+    leaves = tree_flatten_with_path(inputs)[0]
+    first: dict[int, int] = {}
+    return tuple((str(path), first.setdefault(id(each), place), _leaf(each)) for place, (path, each) in enumerate(leaves))
 
 
 def _leaf(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.requires_grad
-    return value if isinstance(value, bool | int | float | str) else id(value)
+    return (type(value), value) if isinstance(value, bool | int | float | str) else id(value)
 
 
+@torch.inference_mode(False)  # grad mode is on, whatever it is around the question
 def _made(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
     try:
         with _quiet(), _divided_layers(build, decisions) as (made, traced):
@@ -152,7 +171,7 @@ def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callab
 
 def _traced(build: Build, decisions: Decisions) -> Traced:
     sharding, device = decisions.sharding, device_of(build, decisions)
-    if sharding is None or not (sharding.shards or sharding.pipeline):
+    if sharding is None or not _is_watched(sharding):
         return Traced(device)
     dtype = None if sharding.compute_dtype is None else dtype_named(sharding.compute_dtype)
     names = dict.fromkeys([*sharding.unit_names(build.graph), *staged_modules(sharding, build.graph), ""])

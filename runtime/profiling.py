@@ -11,7 +11,7 @@ Where layers cannot be skipped, all of this happens once more with every layer r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from .checkpointing import checkpoint_layers
 from .fake_step import imagined, label_gradients
 from .followed import Followed
 from .profile_blocks import cut
-from .skipped_layers import Run, Skipping, runs_of
+from .skipped_layers import CannotSkip, Run, Skipping, runs_of
 from .training_step import forward_and_backward
 
 _RUN = "run"
@@ -54,14 +54,14 @@ def profile(
     Raises what a run of the step raises.
     """
     module = made()
-    runs = runs_of(module)
-    try:
-        return _run(module, inputs(module), training, traced, runs)
-    except Exception:  # `CannotSkip`, or what the code around layers that were skipped says to it: with every layer run it counts
-        if not runs:
-            raise
-    module = made()
-    return _run(module, inputs(module), training, traced, [])
+    given, runs = inputs(module), runs_of(module)
+    if runs:
+        try:
+            return _run(module, given, training, traced, runs)
+        except CannotSkip:
+            module = made()
+            given = inputs(module)
+    return _run(module, given, training, traced, [])
 
 
 def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, runs: Sequence[Run]) -> Profile:
@@ -70,20 +70,33 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
         checkpoint_layers(module, training.checkpointing)
     if traced.compute_dtype is not None:
         _compute_in(module, traced.compute_dtype, traced.units)
-    for run in runs:
-        Skipping(module, run)
+    with _its_own(runs):
+        for run in runs:
+            Skipping(module, run)
     found = Followed(on_cpu=traced.device == "cpu")
     layers = [run.layers[position] for run in runs for position in _run_positions(run)]
     with imagined(found, module, inputs, traced.device, around=traced.around(found)) as faked:
         handles = found.turns(module, [*traced.units, *layers])
         with found:
             found.phase(_RUN)
-            forward_and_backward(module, faked, training)
+            with _its_own(runs):
+                forward_and_backward(module, faked, training)
             label_gradients(found, module)
             found.phase(_RUN)
         for handle in handles:
             handle.remove()
     return cut(found.stream(), tuple(_on_device(found, traced.device)), runs, frozenset(found.early))
+
+
+@contextmanager
+def _its_own(runs: Sequence[Run]) -> Iterator[None]:
+    """Whatever the module's own code raises, it may raise for the layers that are skipped: with every layer run it counts."""
+    try:
+        yield
+    except Exception as error:
+        if not runs:
+            raise
+        raise CannotSkip(f"{type(error).__name__}: {error}") from error
 
 
 def _on_device(found: Followed, device: str) -> Iterator[Allocation]:

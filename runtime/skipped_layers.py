@@ -8,6 +8,7 @@ it comes up (`CannotSkip`), and the trace begins again with every layer run.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,12 +101,19 @@ def _look(layer: nn.Module) -> tuple[Any, list[Any]]:
         places: tuple[Mapping[str, Any], ...] = (each._parameters, each._buffers)
         fixed += [(key, _tensor_look(value)) for place in places for key, value in place.items() if value is not None]
         for key, value in vars(each).items():
-            if isinstance(value, bool | str | torch.dtype) or value is None:
-                fixed.append((key, value))
-            elif isinstance(value, int | float):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 fixed.append(key)
                 numbers.append(value)
+            elif _is_setting(value):
+                fixed.append((key, getattr(value, "__func__", value)))
     return fixed, numbers
+
+
+def _is_setting(value: Any) -> bool:
+    """What a layer's code may go by: plain values, tuples and lists of them, and functions, as that of an activation."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | type) or inspect.isroutine(value)
 
 
 def same_number(one: Any, other: Any, apart: int) -> bool:

@@ -6,8 +6,6 @@ the largest `reserved_bytes.all.peak` between two lines of the log (`torchtitan/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 import groundplan as gp
 from groundplan.planner.allocations import OPTIMIZER, STEP, Timeline
 from groundplan.planner.replayed_run import Allocator, replay_run
-from groundplan.runtime.allocations import Allocations
-from groundplan.runtime.fake_ranks import propagation_apart
+from groundplan.runtime.fake_ranks import followed_rank
 from groundplan.runtime.fake_step import run_fake
 from groundplan.runtime.fake_world import fake_world
-from groundplan.runtime.fsdp_memory import fsdp_followed
 
 from . import titan
 
@@ -60,14 +56,9 @@ def step_of(run: Published) -> Timeline:
     module = titan.Trained(model)
     training = gp.Training("adamw", implementation="foreach", clip_grad_norm=1.0, loss=lambda loss: loss)
 
-    @contextmanager
-    def around(found: Allocations) -> Iterator[None]:
-        with propagation_apart(), fsdp_followed(found, module):
-            yield
-
     with fake_world(run.gpus, 0):
         titan.prepared(model, init_device_mesh("cpu", (run.gpus,)), run.checkpointing)
-        return run_fake(module, _batch(run), training, "cuda:0", around=around)
+        return run_fake(module, _batch(run), training, "cuda:0", around=followed_rank(module, copied=False))
 
 
 def run_of_plan(run: Published) -> Timeline:

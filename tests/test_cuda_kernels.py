@@ -333,6 +333,25 @@ def test_real_tensors_meet_no_change() -> None:
     assert torch.equal(dropped, F.dropout(torch.ones(1000), 0.5))
 
 
+def test_nor_does_autocast_of_real_tensors() -> None:
+    """Of ops that both convert otherwise, that only one converts, and that are composed of converted ones."""
+    q = torch.randn(8, 8)
+    steps: list[Step] = [
+        *(lambda: F.softmax(q @ q, -1), lambda: F.layer_norm(q @ q, (8,)), lambda: torch.mv(q, q[0]), lambda: (q @ q).norm()),
+        *(lambda: torch.einsum("ab,bc->ac", q, q), lambda: F.max_pool2d((q @ q)[None], 2), lambda: (q @ q).cumsum(0)),
+        *(lambda: F.mse_loss(q @ q, q), lambda: torch.addcmul(q, q @ q, q), lambda: F.avg_pool2d((q @ q)[None], 2)),
+    ]
+
+    def found() -> list[torch.Tensor]:
+        with torch.autocast("cpu", BF16):
+            return [step() for step in steps]
+
+    before = found()
+    with cuda_kernels():
+        inside = found()
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(before, inside, strict=True))
+
+
 def test_another_threads_tensors_neither() -> None:
     found: list[list[str]] = []
 
