@@ -26,6 +26,7 @@ from ..planner.decisions import Decisions, Move
 from ..planner.optimizer import Trained
 from ..planner.optimizers import OPTIMIZERS
 from ..planner.workload import Training
+from ..tracer.ambient import host_random_from, host_random_now
 from ..tracer.errors import DecisionError, MemoryRunError
 from .allocations import Allocations
 from .build import Build
@@ -58,7 +59,7 @@ def step_module(build: Build, decisions: Decisions) -> nn.Module:
     """The plan's module, of meta tensors that remember nothing."""
     module = meta_module(build, decisions)
     if not isinstance(module, nn.Module):
-        raise DecisionError(f"the constructor returns a {type(module).__name__}, and a training step needs one nn.Module")
+        raise DecisionError(f"the constructor returns a {type(module).__name__}, and a run of it needs one nn.Module")
     forget(module)
     return module
 
@@ -194,14 +195,17 @@ _NUMPY = ".numpy() is not supported for tensor subclasses"
 
 def _needs_values(what: str) -> MemoryRunError:
     return MemoryRunError(
-        f"the training step {what}, and a run without memory has none; ask for "
-        'plan.memory(..., tier="T0"), which runs nothing, or give inputs and settings with which it does not'
+        f"the module {what}, and a run without memory has none; give inputs and settings with which it does not, or ask for "
+        'plan.memory(..., tier="T0"), which then leaves out what a run would say'
     )
 
 
 @contextmanager
 def _generators_kept(found: Allocations) -> Iterator[None]:
-    """Generators are as they were afterwards; their states that checkpoints keep are seen, which no op makes."""
+    """Generators, Python's and numpy's too, are as they were afterwards.
+
+    States that checkpoints keep are seen, as no op makes them.
+    """
     get = torch.get_rng_state
 
     def seen() -> torch.Tensor:
@@ -209,7 +213,7 @@ def _generators_kept(found: Allocations) -> Iterator[None]:
 
     state = get()
     try:
-        with mock.patch.object(torch, "get_rng_state", seen):
+        with mock.patch.object(torch, "get_rng_state", seen), host_random_from(host_random_now()):
             yield
     finally:
         torch.set_rng_state(state)

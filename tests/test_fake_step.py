@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -290,6 +292,31 @@ def test_the_closed_form_stands_beside() -> None:
     assert sum(each["bytes"] for each in found["at_peak"]) == memory.peak
 
 
+class Drawing(nn.Module):
+    """A forward that draws from Python's and numpy's generators, as layer drop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, value: torch.Tensor) -> Any:
+        return self.linear(value) * (random.random() + np.random.rand())
+
+
+@pytest.mark.parametrize(
+    ("workload", "tier"), [(gp.Training(), "T0"), (gp.Training(), "T1"), (gp.Inference(), "T0"), (gp.Inference(), "T1")]
+)
+def test_pythons_and_numpys_generators_do_not_move(workload: Any, tier: Any) -> None:
+    plan = gp.trace(Drawing)
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1)
+    np.random.seed(1)
+    plan.memory(workload, tier=tier)
+    assert (random.random(), np.random.rand()) == expected
+
+
 def test_nothing_is_allocated_and_no_generator_moves() -> None:
     plan, state = gp.trace(nn.Linear, 200_000, 200_000), torch.get_rng_state()
     memory = plan.memory(gp.Training(batch_size=2), tier="T1")  # 160 GB of weights
@@ -373,7 +400,7 @@ def test_the_modules_own_error_comes_out() -> None:
 @pytest.mark.parametrize(
     ("plan", "training", "message"),
     [
-        (lambda: gp.trace(Two), None, "say which one"),
+        (lambda: gp.trace(Two), None, "runs a step: say plan.memory"),
         (lambda: gp.trace(nn.Bilinear, 2, 3, 4), gp.Training(), "no inputs can be made for Bilinear"),
         (lambda: gp.trace(MODELS["Llama"].build), gp.Training(), "seq_len"),
         (lambda: gp.trace(Two), gp.Training(inputs=3), "inputs is a int"),
