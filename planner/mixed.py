@@ -101,6 +101,33 @@ def _left(profile: Profile) -> int:
     return sum(block.times * net_of(block) for block in profile.blocks)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a block of a profile is of: a round of a run, by `traced`; or, if not `inside`, what is beside that round."""
+
+    run: int
+    traced: int
+    forward: bool
+    inside: bool
+
+
+def places_of(profile: Profile) -> list[Place]:
+    """What each block of a profile is of. What comes before all runs, and after all, is beside the first round of the first."""
+    runs = [block.run for block in profile.blocks]
+    turn, seen = _turn(runs), [0] * len(profile.repeated)
+    found = []
+    for place, run in enumerate(runs):
+        forward = place < turn
+        if run >= 0:
+            traced = seen[run] if forward else 2 * TRACED - 1 - seen[run]
+            seen[run] += 1
+            found.append(Place(run, traced, forward, inside=True))
+        else:
+            beside = [each for each in (reversed(runs[:place]) if forward else runs[place:]) if each >= 0]
+            found.append(Place(*((beside[0], TRACED - 1) if beside else (0, 0)), forward, inside=False))
+    return found
+
+
 class _Mixed:
     """Profiles side by side in one table of allocations, each with names of its own."""
 
@@ -156,22 +183,10 @@ class _Mixed:
     # -- blocks ---------------------------------------------------------------------------------------------------------
 
     def _blocks(self) -> Iterator[Block]:
-        runs = [block.run for block in self.outer.blocks]
-        turn = _turn(runs)
-        for place, run in enumerate(runs):
-            if run < 0:
-                beside = runs[:place] if place < turn else runs[place:][::-1]
-                nearest = next((each for each in reversed(beside) if each >= 0), None)
-                first = self._pieces[0][0].key
-                yield self._block(first if nearest is None else self._pieces[nearest][-1].key, place, 1)
-            elif run not in (runs[:place] if place < turn else runs[turn:place]):
-                yield from self._run(run, place, place < turn)
-
-    def _run(self, run: int, place: int, forward: bool) -> Iterator[Block]:
-        """All rounds of a run, of which the blocks of the profiles begin at `place`."""
-        pieces = self._pieces[run] if forward else list(reversed(self._pieces[run]))
-        for piece in pieces:
-            yield self._block(piece.key, place + (piece.traced if forward else TRACED - 1 - piece.traced), piece.count)
+        for place, of in enumerate(places_of(self.outer)):
+            pieces = [each for each in self._pieces[of.run] if each.traced == of.traced]
+            for piece in pieces if of.forward else reversed(pieces):
+                yield self._block(piece.key, place, piece.count if of.inside else 1)
 
     def _block(self, key: Key, place: int, times: int) -> Block:
         block = self._profiles[key].blocks[place]
