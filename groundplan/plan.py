@@ -15,6 +15,7 @@ from .forecast import Workload, forecast
 from .planner.allocator_config import AllocatorConfig
 from .planner.calibration import Calibration
 from .planner.check import check_decisions
+from .planner.checkpointing import checkpoint_rules
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
 from .planner.inference import Inference
@@ -22,9 +23,9 @@ from .planner.memory import Memory
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
-from .planner.sharding import LAYERS, ROLES, Schedule, matches, sharding
+from .planner.sharding import LAYERS, ROLES, Reshard, Schedule, matches, sharding
 from .planner.tiers import Tier
-from .planner.workload import Training
+from .planner.workload import Checkpointing, Training
 from .progress import shown
 from .report import Report
 from .runtime import Build, materialize_state, meta_module
@@ -190,7 +191,7 @@ class Plan:
         *,
         units: str | Sequence[str] = LAYERS,
         tensor: str | Mapping[str, str] | None = None,
-        reshard: bool | int = True,
+        reshard: Reshard = True,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         offload: bool = False,
@@ -207,9 +208,10 @@ class Plan:
         replication. `dp`, `fsdp`, `dp_shard` or `shard` is the axis that FSDP shards along, `dp_replicate`, `replicate` or `ddp`
         the one that it replicates along, `tp` or `tensor` the one that single layers are divided along.
 
-        FSDP gathers one of the `units` at a time: patterns of the names of modules (`*` stands within one component), or
-        `"layers"`, every layer that repeats. `reshard` is FSDP2's `reshard_after_forward`, `compute_dtype` and `reduce_dtype` are
-        its mixed precision, `offload` keeps shards in host memory. `tensor` gives a style for patterns of modules:
+        FSDP gathers one of the `units` at a time: patterns of the names of modules (`*` stands within one component, `0-3` for
+        numbers), or `"layers"`, every layer that repeats. `reshard` is FSDP2's `reshard_after_forward`, or one for each pattern
+        of units, the first match first: `{"layers.0-3": False, "*": True}`, where `"*"` is all the rest and `""` the module as a
+        whole. `compute_dtype` and `reduce_dtype` are its mixed precision, `offload` keeps shards in host memory. `tensor` gives a style for patterns of modules:
         `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`, `colwise_gather_output`,
         `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers model's own `tp_plan`.
 
@@ -252,6 +254,27 @@ class Plan:
             loss_parallel=loss_parallel,
         )
         return replace(self, _decided=self.decisions.shard(made))
+
+    def checkpoint_activations(self, levels: Mapping[str, Checkpointing]) -> Plan:
+        """Have modules run again in the backward instead of keeping what they computed: `{"layers.0-11": "full"}`.
+
+        A pattern matches the names of modules component by component, `*` within one, `0-11` for numbers; the first match wins.
+        `"full"` keeps a module's inputs alone, `"selective"` besides what attention, reduce-scatter and every other matrix product
+        give (torchtitan's policy), `"none"` nothing else than without. What `materialize` and `gp.materialize` build does it by
+        itself, with `torch.utils.checkpoint`: names, values, losses, gradients and random numbers are those of the module without;
+        every tier of `memory`, and `verify`, go by it. A transformers model makes no cache of keys and values while it trains
+        then. A second call takes the place of the first.
+
+        Raises `DecisionError` for a pattern that decides about no module with parameters, for modules inside each other, for
+        those that are never called (`ModuleList`), beside `place` and `quantize`; and, where memory is asked for,
+        `gp.Training(checkpointing=...)` beside it.
+
+        >>> layers = [torch.nn.Linear(8, 8) for _ in range(3)]
+        >>> plan = trace(lambda: torch.nn.Sequential(*layers)).checkpoint_activations({"0-1": "full"})
+        >>> [(rule.pattern, rule.level) for rule in plan.decisions.checkpointing]
+        [('0-1', 'full')]
+        """
+        return replace(self, _decided=self.decisions.checkpoint_activations(checkpoint_rules(levels, self.graph)))
 
     def place(self, devices: Mapping[str, str | torch.device]) -> Plan:
         """Put each tensor on the device of the first pattern that matches: several devices, or the disk, in one process.
