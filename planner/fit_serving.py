@@ -19,7 +19,7 @@ from .cluster import Cluster
 from .decisions import Decisions
 from .memory import Memory, human_bytes
 from .partition import DISK, HOST, Partition, partition
-from .placing import placing
+from .placing import placing, ranges
 from .verdict import Room, Verdict
 
 _ROUNDS = 12
@@ -103,7 +103,7 @@ def _rules(chain: Chain, found: Partition, graph: ParamGraph) -> Iterator[tuple[
     pairs = zip(chain.modules, found.homes, strict=True)
     named = ((name, home) for modules, home in pairs for module in modules for name in ([module] if module else _parts(graph)))
     entries = [(name, names.get(home, f"cuda:{home}")) for name, home in named]
-    yield from sorted(_ranges(entries), key=lambda entry: entry[1] != main)
+    yield from sorted(ranges(entries), key=lambda entry: entry[1] != main)
     if chain.resident or not any(device == main for _, device in entries):
         yield "*", main
 
@@ -112,25 +112,6 @@ def _parts(graph: ParamGraph) -> list[str]:
     """What the module as a whole consists of, which no pattern names: modules with tensors, and its own tensors."""
     names = (name for tensor in graph.tensors if tensor.kind != "attribute" for name in tensor.names if not name.endswith("]"))
     return list(dict.fromkeys(name.partition(".")[0] for name in names))
-
-
-def _ranges(entries: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The same with numbers that follow each other on one device in one pattern.
-
-    >>> _ranges([("layers.0", "cpu"), ("layers.1", "cpu"), ("layers.2", "disk"), ("head", "disk")])
-    [('layers.0-1', 'cpu'), ('layers.2', 'disk'), ('head', 'disk')]
-    """
-    found: list[tuple[str, str]] = []
-    for module, device in entries:
-        parent, _, number = module.rpartition(".")
-        if found and number.isdecimal() and found[-1][1] == device:
-            before, _, last = found[-1][0].rpartition(".")
-            first, _, end = last.partition("-")
-            if before == parent and first.isdecimal() and int(end or first) + 1 == int(number):
-                found[-1] = (f"{parent}.{first}-{number}".lstrip("."), device)
-                continue
-        found.append((module, device))
-    return found
 
 
 # -- what a run says of each unit ---------------------------------------------------------------------------------------

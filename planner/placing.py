@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, StringConstraints, field_validator
 
@@ -13,6 +13,7 @@ from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
 from .records import Record, device_name
 
+T = TypeVar("T")
 DISK = "disk"
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
@@ -152,6 +153,25 @@ def _in_memory(name: str, device: str | None) -> str:
             "a device"
         )
     return device or "cpu"
+
+
+def ranges(entries: Sequence[tuple[str, T]]) -> list[tuple[str, T]]:
+    """The same with numbers that follow each other and have one value in one pattern.
+
+    >>> ranges([("layers.0", "cpu"), ("layers.1", "cpu"), ("layers.2", "disk"), ("head", "disk")])
+    [('layers.0-1', 'cpu'), ('layers.2', 'disk'), ('head', 'disk')]
+    """
+    found: list[tuple[str, T]] = []
+    for module, value in entries:
+        parent, _, number = module.rpartition(".")
+        if found and number.isdecimal() and found[-1][1] == value:
+            before, _, last = found[-1][0].rpartition(".")
+            first, _, end = last.partition("-")
+            if before == parent and first.isdecimal() and int(end or first) + 1 == int(number):
+                found[-1] = (f"{parent}.{first}-{number}".lstrip("."), value)
+                continue
+        found.append((module, value))
+    return found
 
 
 def owners(name: str) -> list[str]:

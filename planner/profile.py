@@ -68,21 +68,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """Layers that repeat: the blocks of `layers[position]` with `period` others stand for all of the middle rounds."""
+    """Layers that repeat, `period` of them a round; `rounds` says which rounds one that the profile names stands for."""
 
     layers: tuple[str, ...]
     period: int
-    middle: int
+    rounds: tuple[tuple[int, range], ...]
 
     def names(self, name: str) -> list[str]:
-        """What a tensor's name stands for in the profile: in each middle round, or, in the one traced after it, further on."""
-        for position in range(self.period, 3 * self.period):
-            layer = self.layers[position]
-            if name.startswith(f"{layer}."):
-                first = position if position < 2 * self.period else position + (self.middle - 1) * self.period
-                count = self.middle if position < 2 * self.period else 1
-                places = range(first, first + count * self.period, self.period)
-                return [self.layers[place] + name[len(layer) :] for place in places]
+        """What a tensor's name stands for in the profile."""
+        for of_profile, stands_for in self.rounds:
+            for place in range(self.period):
+                layer = self.layers[of_profile * self.period + place]
+                if name.startswith(f"{layer}."):
+                    return [self.layers[each * self.period + place] + name[len(layer) :] for each in stands_for]
         return [name]
 
 

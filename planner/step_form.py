@@ -77,7 +77,7 @@ def peak_of(scripts: Sequence[Script], added: bool = False) -> Peak:
     """Where most is held; `added` where new gradients are added to old ones, which are not counted."""
     best, level = Peak(0, 0, 0), 0
     for index, script in enumerate(scripts):
-        rise, net = _rise_and_net(script, added)
+        rise, net = rise_and_net(script, added)
         times = 0 if net <= 0 else script.times - 1
         found = level + times * net + rise
         if found > best.nbytes:
@@ -86,7 +86,7 @@ def peak_of(scripts: Sequence[Script], added: bool = False) -> Peak:
     return best
 
 
-def _rise_and_net(script: Script, added: bool) -> tuple[int, int]:
+def rise_and_net(script: Script, added: bool) -> tuple[int, int]:
     now = most = 0
     for part in script.parts:
         sums = part.sums if isinstance(part, Between) else part.added if added else part.fresh
@@ -107,7 +107,7 @@ def held_at(profile: Profile, scripts: Sequence[Script], peak: Peak, added: bool
         return []
     last = scripts[peak.script]
     _count(profile, last, peak.times, added, counts)
-    now, rise = 0, _rise_and_net(last, added)[0]
+    now, rise = 0, rise_and_net(last, added)[0]
     for step in _steps(profile, last, added):
         if now == rise:
             break

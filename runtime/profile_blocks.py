@@ -42,7 +42,9 @@ def cut(stream: Sequence[Item], allocations: Sequence[Allocation], runs: Sequenc
 
 
 def _repeated(run: Run) -> Repeated:
-    return Repeated(run.layers, run.period, run.rounds - ROUNDS + 1)
+    """Of the two that are not named by their own place the first stands for all in the middle, the other for the last but one."""
+    last = run.rounds - 1
+    return Repeated(run.layers, run.period, ((1, range(1, last - 1)), (2, range(last - 1, last))))
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ ROUNDS = 4
 """Rounds that are run: the first, one that stands for all in the middle, the one after it, and the last."""
 
 _LONGEST_PERIOD = 8
+_CLOSURES = 4  # functions around functions that are looked into
 
 
 class CannotSkip(Exception):
@@ -105,8 +106,32 @@ def _look(layer: nn.Module) -> tuple[Any, list[Any]]:
                 fixed.append(key)
                 numbers.append(value)
             elif _is_setting(value):
-                fixed.append((key, getattr(value, "__func__", value)))
+                fixed.append((key, _routine_look(value) if inspect.isroutine(value) else value))
     return fixed, numbers
+
+
+def _routine_look(value: Any, depth: int = _CLOSURES) -> Any:
+    """A function itself; of one that was made around other things, as tensor parallelism makes each layer's forward, its code and
+    what plain values those have.
+    """
+    function = getattr(value, "__func__", value)
+    cells = getattr(function, "__closure__", None)
+    if not cells or not depth:
+        return function
+    return function.__code__, tuple(_cell_look(cell, depth - 1) for cell in cells)
+
+
+def _cell_look(cell: Any, depth: int) -> Any:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
+    if inspect.isroutine(value):
+        return _routine_look(value, depth)
+    if _is_setting(value):
+        return value
+    plain = {key: each for key, each in getattr(value, "__dict__", {}).items() if _is_setting(each) and not inspect.isroutine(each)}
+    return type(value), plain
 
 
 def _is_setting(value: Any) -> bool:

@@ -1,0 +1,362 @@
+"""Training fitted to a cluster: which mesh, what is gathered for how long, and which layers run again, so that a step is fast and fits.
+
+1. every mesh of the cluster's ranks that the model can be divided along is a `Layout`, plain or offloaded, in each precision that
+   is allowed
+2. a layout in which no layer keeps more than it must is held against the cluster: where that does not fit, nothing in it does
+3. what the layers do is chosen by a mixed-integer program (`choices.py`): the least seconds within the bytes that are left
+4. what was chosen is put together as one profile (`mixed.py`), from which memory and time are found out as for any plan; where a
+   place falls short, the program gets less, and 3. comes again
+5. of all layouts the one that takes the least time for a sample is the best
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from ..tracer.errors import DecisionError
+from ..tracer.graph import ParamGraph
+from .block_time import Talking, block_time
+from .checkpointing import CheckpointRule
+from .choices import choose
+from .cluster import Cluster
+from .decisions import Decisions
+from .estimate import memory
+from .fsdp_form import Fsdp, with_fsdp
+from .kept import kept_with
+from .layer_choices import Pass, Pure, keys_chosen, layer_classes, moments
+from .memory import Memory
+from .mixed import NoMix, check_mixable, mixed, rounds_of
+from .placing import ranges
+from .profile import NoProfile, Profile
+from .rank_memory import computing_device, rank_parts
+from .sharding import ReshardRule, matches, repeated_layers
+from .speeds import Speeds
+from .step_form import peak_of, plain
+from .step_time import StepTime, step_time
+from .verdict import MARGIN, Room, Verdict
+from .workload import Checkpointing, Training
+
+LEVELS: tuple[Checkpointing, ...] = ("full", "selective", "none")
+"""From what keeps least to what keeps most."""
+
+ALIKE = 0.01
+"""Steps that differ by a smaller share of their time count as alike: then the simpler layout is better."""
+
+_ROUNDS = 8
+_LEAST = 2**20  # bytes: a budget is made smaller by no less, so that the search ends
+
+
+@dataclass(frozen=True, slots=True)
+class Does:
+    """What a layer does: by which level it is checkpointed, and whether its parameters stay gathered after its forward."""
+
+    level: Checkpointing
+    gathered: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.level}{', stays gathered' if self.gathered else ''}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks and precision are arranged, with what layers do still open: decisions and workload without that."""
+
+    axes: Mapping[str, int]
+    decisions: Decisions
+    workload: Training
+
+    @property
+    def copies(self) -> int:
+        """How many ranks have samples of their own."""
+        sharding = self.decisions.sharding
+        return 1 if sharding is None else sharding.size("replicate") * sharding.size("shard")
+
+    @property
+    def samples(self) -> int:
+        """Samples that all ranks go through in one step."""
+        return self.copies * self.workload.batch_size * self.workload.accumulate
+
+    @property
+    def group(self) -> Hashable:
+        """What layouts with the same profiles have in common."""
+        sharding = self.decisions.sharding
+        divided = () if sharding is None else (sharding.size("tensor"), sharding.shards, sharding.compute_dtype)
+        return divided, self.decisions.casts, self.workload.batch_size, self.workload.accumulate > 1
+
+    def describe(self) -> str:
+        """The layout in words: `dp_shard=64 x tp=8, offloaded`."""
+        sharding, workload = self.decisions.sharding, self.workload
+        parts = [" x ".join(f"{name}={size}" for name, size in self.axes.items()) or "one device"]
+        parts += ["offloaded"] if sharding is not None and sharding.offload else []
+        parts += [f"weights in {self.decisions.casts[-1].uniform}"] if self.decisions.casts else []
+        parts += [f"{workload.accumulate} micro-batches of {workload.batch_size}"] if workload.accumulate > 1 else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan that the search arrived at: all its decisions, with its memory, verdict and time."""
+
+    layout: Layout
+    decisions: Decisions
+    memory: Memory
+    verdict: Verdict
+    time: StepTime
+    does: tuple[tuple[Does, ...], ...] = ()
+    proven: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """Of a step for each of its samples."""
+        return self.time.total / self.layout.samples
+
+    @cached_property
+    def order(self) -> tuple[float, ...]:
+        """What is simpler comes first, then what is faster."""
+        sharding = self.decisions.sharding
+        offload = sharding is not None and sharding.offload
+        return (len(self.layout.axes), offload, len(self.layout.decisions.casts), self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Short:
+    """A layout in which nothing fits, and the place that is most short of room, with what keeps least in it."""
+
+    layout: Layout
+    room: Room
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What the search may choose, and how much it leaves free: a share of what is needed, and bytes on each device."""
+
+    levels: tuple[Checkpointing, ...] = LEVELS
+    gathered: tuple[bool, ...] = (False, True)
+    margin: float = MARGIN
+    reserve: int = 0
+    deadline: float | None = None
+
+    def does(self, layout: Layout) -> list[Does]:
+        """What layers may do in a layout, those that keep least first."""
+        sharding = layout.decisions.sharding
+        divided = sharding is not None and sharding.shards and sharding.shard_ranks > 1
+        gathered = self.gathered if divided else (False,)
+        return [Does(level, each) for each in gathered for level in LEVELS if level in self.levels]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that the search tried: plans that fit, best first, layouts in which none does, and those that could not be looked at."""
+
+    tried: tuple[Tried, ...]
+    short: tuple[Short, ...]
+    unknown: tuple[tuple[Layout, str], ...] = ()
+    proven: bool = True
+
+
+ProfileOf = Callable[[Decisions, Training], Profile | NoProfile]
+
+
+@dataclass
+class Search:
+    """The search over layouts; `profile_of` traces what a plan's forward and backward allocate, or gives what was traced."""
+
+    graph: ParamGraph
+    cluster: Cluster
+    speeds: Speeds
+    profile_of: ProfileOf
+    allowed: Allowed = field(default_factory=Allowed)
+
+    def over(self, layouts: Sequence[Layout]) -> Found:
+        """The best of every layout, in order; raises `DecisionError` where none could be looked at."""
+        tried: list[Tried] = []
+        short: list[Short] = []
+        unknown: list[tuple[Layout, str]] = []
+        in_time = True
+        for layout in sorted(layouts, key=lambda each: (str(each.group), str(each.axes))):
+            if tried and self._is_late():
+                in_time = False
+                break
+            found = self.of(layout)
+            if isinstance(found, Tried):
+                tried.append(found)
+            elif isinstance(found, Short):
+                short.append(found)
+            else:
+                unknown.append((layout, found.reason))
+        if not tried and not short:
+            raise DecisionError(f"nothing can be said of a step: {'; '.join(dict.fromkeys(reason for _, reason in unknown))}")
+        proven = in_time and all(each.proven for each in tried)
+        return Found(tuple(in_order(tried)), tuple(short), tuple(unknown), proven)
+
+    def _is_late(self) -> bool:
+        return self.allowed.deadline is not None and time.monotonic() > self.allowed.deadline
+
+    # -- one layout -----------------------------------------------------------------------------------------------------
+
+    def of(self, layout: Layout) -> Tried | Short | NoProfile:
+        """The best plan of a layout."""
+        does = self.allowed.does(layout)
+        leanest = self._uniform(layout, does[0])
+        if isinstance(leanest, NoProfile):
+            return leanest
+        if (room := self._shortest(leanest.verdict)) is not None:
+            return Short(layout, room, leanest.memory)
+        profiles: dict[Does, Profile] = {}
+        for each in does:
+            found = self.profile_of(layout.decisions, replace(layout.workload, checkpointing=each.level))
+            if isinstance(found, Profile):
+                profiles[each] = found
+        try:
+            check_mixable(profiles)
+            return self._chosen(layout, profiles, leanest)
+        except NoMix:
+            return self._best_uniform(layout, list(profiles), leanest)
+
+    def _uniform(self, layout: Layout, does: Does) -> Tried | NoProfile:
+        """The plan in which every layer does the same."""
+        profile = self.profile_of(layout.decisions, replace(layout.workload, checkpointing=does.level))
+        if isinstance(profile, NoProfile):
+            return profile
+        rounds = tuple((does,) * count for count in rounds_of(profile)) or ((does,),)
+        return self._tried(layout, profile, rounds)
+
+    def _best_uniform(self, layout: Layout, does: Sequence[Does], leanest: Tried) -> Tried:
+        found = [self._uniform(layout, each) for each in does]
+        fitting = [each for each in found if isinstance(each, Tried) and self._shortest(each.verdict) is None]
+        return min(fitting, key=lambda each: each.seconds, default=leanest)
+
+    def _chosen(self, layout: Layout, profiles: Mapping[Does, Profile], leanest: Tried) -> Tried:
+        """What the program chooses, with less for it to go by for as long as that turns out to fall short."""
+        pure = {each: self._pure(layout, profile, each) for each, profile in profiles.items()}
+        classes = layer_classes(pure)
+        budget = self._left_for_layers(leanest, pure[next(iter(pure))])
+        best = leanest
+        for _ in range(_ROUNDS):
+            chosen = choose(classes, {}, dict.fromkeys(moments(classes), budget), self._seconds_left())
+            if chosen is None:
+                break
+            rounds = tuple(map(tuple, keys_chosen(chosen, list(pure))))
+            found = self._tried(layout, mixed(profiles, rounds), rounds, chosen.proven)
+            room = self._shortest(found.verdict)
+            if room is None:
+                return found if found.seconds <= best.seconds else best
+            budget -= max(self._missing(room), _LEAST)
+        return best
+
+    def _tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
+        decisions = decided(self.graph, layout.decisions, profile, does)
+        found = memory(self.graph, decisions, layout.workload, profile)
+        fsdp, parameters = rank_parts(self.graph, decisions, layout.workload)
+        taken = step_time(profile, decisions.sharding, fsdp, parameters, layout.workload, self.speeds)
+        return Tried(layout, decisions, found, found.fits(self.cluster, self.allowed.margin), taken, does, proven)
+
+    def _pure(self, layout: Layout, profile: Profile, does: Does) -> Pure:
+        rounds = [(does,) * count for count in rounds_of(profile)]
+        decisions = decided(self.graph, layout.decisions, profile, rounds)
+        fsdp, _ = rank_parts(self.graph, decisions, layout.workload)
+        talking = Talking.of(decisions.sharding, fsdp)
+        seconds = [
+            layout.workload.accumulate * block_time(block, profile, talking, self.speeds).seconds for block in profile.blocks
+        ]
+        return Pure(profile, tuple(_passes(profile, fsdp, layout.workload.accumulate)), seconds)
+
+    # -- room -----------------------------------------------------------------------------------------------------------
+
+    def _shortest(self, verdict: Verdict) -> Room | None:
+        """The place that is most short of room, if one is."""
+        short = [room for room in verdict.rooms if self._missing(room) > 0 or room.retries]
+        return max(short, key=self._missing, default=None)
+
+    def _missing(self, room: Room) -> int:
+        """Bytes that a rank lacks there, with the margin and the reserve."""
+        ranks = self._ranks_at(room)
+        return -(-(room.margin + ranks * self.allowed.reserve - room.left) // ranks)
+
+    def _ranks_at(self, room: Room) -> int:
+        """How many ranks share a place."""
+        return max(len(self.cluster.devices), 1) if room.place.startswith("host") else 1
+
+    def _left_for_layers(self, leanest: Tried, pure: Pure) -> int:
+        """Bytes that forward and backward may come to in a rank, besides what is there all the time."""
+        device = computing_device(self.graph, leanest.decisions)
+        scripts = max(peak_of(each.scripts, each.added).nbytes for each in pure.passes)
+        always = leanest.memory.by_device["step"][device] - scripts
+        rooms = [room for room in leanest.verdict.rooms if room.place.startswith("host") == (device == "cpu")]
+        return min(int(self._usable(room)) for room in rooms) - always
+
+    def _usable(self, room: Room) -> float:
+        """Bytes of tensors that a rank may have there."""
+        ranks, margin = self._ranks_at(room), self.allowed.margin
+        return ((room.usable - ranks * self.allowed.reserve) / (1 + margin) - sum(room.added.values())) / ranks
+
+    def _seconds_left(self) -> float | None:
+        deadline = self.allowed.deadline
+        return None if deadline is None else max(deadline - time.monotonic(), 1.0)
+
+
+def _passes(profile: Profile, fsdp: Fsdp | None, accumulate: int) -> Iterator[Pass]:
+    """The first micro-batch, and a later one, which FSDP adds where it reduces."""
+    for later in (False, True)[: 1 + (accumulate > 1)]:
+        if fsdp is None:
+            yield Pass(plain(profile), later)
+        else:
+            yield Pass(with_fsdp(profile, replace(fsdp, accumulates=later)))
+
+
+def in_order(tried: Sequence[Tried]) -> list[Tried]:
+    """The best first: the simplest of those that are as fast as the fastest, then the others by their time."""
+    if not tried:
+        return []
+    fastest = min(each.seconds for each in tried)
+    best = min((each for each in tried if each.seconds <= fastest * (1 + ALIKE)), key=lambda each: each.order)
+    return [best, *sorted((each for each in tried if each is not best), key=lambda each: each.seconds)]
+
+
+# -- decisions ----------------------------------------------------------------------------------------------------------
+
+
+def decided(graph: ParamGraph, decisions: Decisions, profile: Profile, rounds: Sequence[Sequence[Does]]) -> Decisions:
+    """A layout's decisions with what each round of each of a profile's runs does.
+
+    A layer that is in no run does what the one before it does, or else the first of all, as `mixed.mixed` has it.
+    """
+    doing = _of_layers(graph, profile, rounds)
+    levels = [(pattern, level) for pattern, level in ranges([(layer, does.level) for layer, does in doing]) if level != "none"]
+    rules = tuple(CheckpointRule(pattern=pattern, level=level) for pattern, level in levels)
+    found = decisions.model_copy(update={"checkpointing": rules})
+    if found.sharding is None or not found.sharding.shards:
+        return found
+    units = set(found.sharding.unit_names(graph))
+    stays = [(layer, does.gathered) for layer, does in doing if layer in units]
+    kept = tuple(ReshardRule(pattern=pattern, reshard=False) for pattern, gathered in ranges(stays) if gathered)
+    return found.model_copy(update={"sharding": found.sharding.model_copy(update={"reshard_rules": kept})})
+
+
+def _of_layers(graph: ParamGraph, profile: Profile, rounds: Sequence[Sequence[Does]]) -> list[tuple[str, Does]]:
+    """What every layer that repeats does, in order."""
+    known = {
+        layer: does
+        for run, doing in zip(profile.repeated, rounds, strict=False)
+        for number, does in enumerate(doing)
+        for layer in run.layers[number * run.period : (number + 1) * run.period]
+    }
+    now, found = rounds[0][0], []
+    for layer in _layers(graph):
+        now = known.get(layer, now)
+        found.append((layer, now))
+    return found
+
+
+def _layers(graph: ParamGraph) -> list[str]:
+    """The names of all layers that repeat, in order."""
+    known = kept_with(graph)
+    if _layers not in known:
+        patterns = repeated_layers(graph)
+        known[_layers] = [each.name for each in graph.modules if any(matches(pattern, each.name) for pattern in patterns)]
+    found: list[str] = known[_layers]
+    return found
