@@ -24,6 +24,8 @@ from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
 from .planner.sharding import LAYERS, ROLES, Reshard, Schedule, matches, sharding
+from .planner.speeds import Speeds
+from .planner.step_time import StepTime
 from .planner.tiers import Tier
 from .planner.workload import Checkpointing, Training
 from .progress import shown
@@ -162,6 +164,30 @@ class Plan:
         (152, 68)
         """
         return forecast(self._bound, self.decisions, workload, tier, allocator, cluster)
+
+    def step_time(
+        self, workload: Training, cluster: Cluster | str | None = None, *, speeds: Speeds | None = None
+    ) -> StepTime:
+        """The seconds of one training step of each rank, predicted: computation, communication that is waited for, optimizer.
+
+        Operations and bytes are those of every op of one traced forward and backward (`plan.memory`'s profile). How fast they are
+        is said by a `cluster`, from its devices' datasheets and published shares of their peaks, or by `speeds`, as
+        `gp.measure_speeds()` measures them on a machine, which goes before. What FSDP2 gathers and reduces, and DDP's buckets, go
+        on beside the computation; collectives of tensor parallelism are waited for. Times are good for comparing plans: a
+        published step of Llama 3.1 8B on 8 H100 takes as long as is said here within a third (docs/decisions/027).
+
+        Raises `DecisionError` without a cluster or speeds, for a cluster with fewer devices than the plan has ranks, for a plan of
+        the CPU on devices of CUDA or the other way round, for axes other than replicate, shard and tensor ones, and where
+        forward and backward cannot be traced.
+
+        >>> plan = trace(torch.nn.Linear, 4096, 4096).to("cuda")
+        >>> time = plan.step_time(Training("sgd", batch_size=4096), "1xH100-80GB")
+        >>> print(time)  # doctest: +ELLIPSIS
+        1.... ms a step: compute ..., optimizer ...
+        """
+        from .timing import step_time_of
+
+        return step_time_of(self._bound, self.decisions, workload, cluster, speeds)
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 

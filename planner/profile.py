@@ -9,12 +9,13 @@ looked at, and *marks* between them, where a module begins or ends its forward o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from .allocations import Allocation
+from .work import Exchange, Op, Work, work_of
 
 Turn = Literal["forward", "forward ends", "backward", "backward ends"]
 
@@ -45,11 +46,15 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Events between two marks, with their sums: where gradients are new, and where they are added to those that are there."""
+    """Events between two marks, with their sums: where gradients are new, and where they are added to those that are there.
+
+    `work` is what the ops between the marks do meanwhile.
+    """
 
     events: tuple[Event, ...]
     fresh: Sums
     added: Sums
+    work: Work = Work()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +145,9 @@ class NoProfile:
     reason: str
 
 
-def stretch(events: list[Event], allocations: tuple[Allocation, ...]) -> Stretch:
-    """Events with their sums."""
-    return Stretch(tuple(events), _sums(events, allocations, False), _sums(events, allocations, True))
+def stretch(events: list[Event], allocations: tuple[Allocation, ...], noted: Iterable[Op | Exchange] = ()) -> Stretch:
+    """Events with their sums, and what was noted of the ops meanwhile."""
+    return Stretch(tuple(events), _sums(events, allocations, False), _sums(events, allocations, True), work_of(noted))
 
 
 def _sums(events: list[Event], allocations: tuple[Allocation, ...], added: bool) -> Sums:

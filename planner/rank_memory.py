@@ -126,6 +126,15 @@ def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, work
     return found
 
 
+def rank_parts(
+    graph: ParamGraph, decisions: Decisions, workload: Training, rank: int = 0
+) -> tuple[Fsdp | None, list[Trained]]:
+    """How FSDP2 is applied to what a rank holds, and the parameters that its optimizer steps."""
+    held = list(_held(graph, decisions, rank))
+    stepped = [each.parameter for each in _stepped(held, graph, decisions, workload)]
+    return fsdp_of(graph, decisions, held, computing_device(graph, decisions)), stepped
+
+
 def weights_of(graph: ParamGraph, decisions: Decisions, rank: int) -> list[Change]:
     """What one rank holds of every tensor while the module runs: what FSDP shards is padded to the first rank's size."""
     return [_change(each, each.padded * each.itemsize + each.quantized) for each in _held(graph, decisions, rank)]

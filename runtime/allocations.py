@@ -212,6 +212,7 @@ class Allocations(TorchDispatchMode):
         masked = self._adds_mask(func, args)
         func = torch.ops.aten.add_.Tensor if masked else func
         out = corrected(func, args, called(func, args, kwargs or {}), self._on_cpu)
+        self._ran_op(func, args, kwargs or {}, out)
         out = torch.ops.aten.alias.default(out) if masked else out  # autograd expects another tensor
         place = self._place(node)
         for each in _tensors(out):
@@ -223,6 +224,9 @@ class Allocations(TorchDispatchMode):
         else:
             self._take(cuda_scratch_bytes(func, args, out), func, place)
         return out
+
+    def _ran_op(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """An op has run: for a subclass that looks at more than what is allocated."""
 
     def _adds_mask(self, func: Any, args: Any) -> bool:
         """Whether attention adds its mask to the scores: it does so in place, unless a tensor is of a subclass, as fake ones are.

@@ -1,4 +1,4 @@
-"""What ops allocate, together with whose turn it is: which of a module's parts run forward or backward meanwhile."""
+"""What ops allocate and do, together with whose turn it is: which of a module's parts run forward or backward meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..planner.allocations import START, Moment
 from ..planner.profile import Mark
+from ..planner.work import Exchange, Op
 from .allocations import ACCUMULATE, Allocations
+from .op_work import noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Visit:
     inside: tuple[str, ...]
 
 
-Item = Moment | Mark | Visit
+Item = Moment | Mark | Visit | Op | Exchange
 
 
 class Followed(Allocations):
@@ -35,7 +37,7 @@ class Followed(Allocations):
     def __init__(self, on_cpu: bool) -> None:
         super().__init__(on_cpu)
         self.early: set[str] = set()  # modules that are given a tensor that requires a gradient
-        self._notes: list[tuple[int, Mark | Visit]] = []
+        self._notes: list[tuple[int, Mark | Visit | Op | Exchange]] = []
         self._inside: tuple[str, ...] = ()
         self._back: tuple[str, ...] | None = None
         self._numbered: list[int] = [0]  # the first autograd node of each stay in a module, by its sequence number
@@ -82,7 +84,7 @@ class Followed(Allocations):
         self._numbered.append(torch._C._autograd._get_sequence_nr())
         self._stays.append(inside)
 
-    def _note(self, note: Mark | Visit) -> None:
+    def _note(self, note: Mark | Visit | Op | Exchange) -> None:
         self._notes.append((len(self._moments), note))
 
     def __torch_dispatch__(
@@ -97,8 +99,15 @@ class Followed(Allocations):
                 self._note(Visit(inside))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _ran_op(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Note what an op does. A forward that runs while the backward does is a checkpoint's second."""
+        again = torch._C._current_autograd_node() is not None and torch.is_grad_enabled()
+        found = noted(func, args, kwargs, out, self._on_cpu, again)
+        if found is not None:
+            self._note(found)
 
-def with_turns(stream: Iterable[Item], watched: Iterable[str]) -> Iterator[Moment | Mark]:
+
+def with_turns(stream: Iterable[Item], watched: Iterable[str]) -> Iterator[Moment | Mark | Op | Exchange]:
     """The same with marks where the backward of each of the `watched` modules begins and ends, in place of the visits."""
     items, names = list(stream), set(watched)
     last = {name: place for place, item in enumerate(items) if isinstance(item, Visit) for name in item.inside if name in names}

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from ..planner.allocations import Allocation, Moment
 from ..planner.profile import Block, Event, Mark, Profile, Repeated, Stretch, net_of, stretch
+from ..planner.work import Exchange, Op
 from .followed import Item, with_turns
 from .skipped_layers import ROUNDS, CannotSkip, Run
 
@@ -107,18 +108,21 @@ def _parts(
     piece: _Piece, items: Sequence[Item], counts: Mapping[int, int], places: Mapping[int, int], kept: tuple[Allocation, ...]
 ) -> Iterator[Mark | Stretch]:
     events: list[Event] = []
+    noted: list[Op | Exchange] = []
     for place in range(piece.start, piece.end):
         item = items[place]
         if isinstance(item, Mark):
-            if events:
-                yield stretch(events, kept)
-            events = []
+            if events or noted:
+                yield stretch(events, kept, noted)
+            events, noted = [], []
             yield item
+        elif isinstance(item, Op | Exchange):
+            noted.append(item)
         elif isinstance(item, Moment) and item.allocation in places:
             count = counts.get(place, 1)
             events.append(Event(places[item.allocation], count if item.born else -count))
-    if events:
-        yield stretch(events, kept)
+    if events or noted:
+        yield stretch(events, kept, noted)
 
 
 def _check_even(

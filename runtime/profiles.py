@@ -68,7 +68,7 @@ def _settings() -> Any:
         (torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.are_deterministic_algorithms_enabled()),
         (attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled()),
         (attention.cudnn_sdp_enabled(), *torch._C._get_sdp_priority_order()),
-        (torch.get_default_dtype(), torch.get_default_device()),
+        (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()),
         (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
     )
 
