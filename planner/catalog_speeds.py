@@ -104,7 +104,9 @@ def _slowest(cluster: Cluster) -> tuple[Device, list[str]]:
     known = [device for device in cluster.devices if device.bandwidth and (device.flops.fp32 or device.flops.bf16)]
     if len(known) < len(cluster.devices):
         unknown = next(device.name for device in cluster.devices if device not in known)
-        return _stand_in(), [f"the speeds of {unknown} are not known: those of {_STAND_IN} stand in, which is right for comparisons"]
+        return _stand_in(), [
+            f"the speeds of {unknown} are not known: those of {_STAND_IN} stand in, which is right for comparisons"
+        ]
     slowest = min(known, key=lambda device: device.flops.bf16 or device.flops.fp16 or device.flops.fp32 or 0.0)
     mixed = len({device.name for device in known}) > 1
     return slowest, [f"every rank is taken to be as slow as {slowest.name}"] if mixed else []
@@ -125,7 +127,9 @@ def _within(device: Device, cluster: Cluster) -> Link | None:
 def _between(device: Device, cluster: Cluster) -> Link | None:
     if cluster.nodes < 2:
         return None
-    return Link(bandwidth=NETWORK * (cluster.network or device.network or _NETWORK_OF_UNKNOWN), latency=LATENCY, step=NETWORK_STEP)
+    return Link(
+        bandwidth=NETWORK * (cluster.network or device.network or _NETWORK_OF_UNKNOWN), latency=LATENCY, step=NETWORK_STEP
+    )
 
 
 _NETWORK_OF_UNKNOWN = 12.5e9  # 100 Gbit/s

@@ -34,7 +34,9 @@ Rules = tuple[CheckpointRule, ...]
 def checkpoint_rules(levels: Mapping[str, Any], graph: ParamGraph) -> Rules:
     """The record of what the user asks for; raises `DecisionError` where it does not fit `graph`."""
     if not isinstance(levels, Mapping) or not levels:
-        raise DecisionError(f'levels={levels!r} says nothing; give patterns of modules and levels, such as {{"layers.*": "full"}}')
+        raise DecisionError(
+            f'levels={levels!r} says nothing; give patterns of modules and levels, such as {{"layers.*": "full"}}'
+        )
     for pattern, level in levels.items():
         if not isinstance(pattern, str) or not pattern:
             raise DecisionError(f"levels are given to patterns of the names of modules; {pattern!r} is no pattern")

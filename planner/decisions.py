@@ -23,6 +23,7 @@ from pydantic import Field, StringConstraints, field_validator
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import Ambient, ParamGraph, Storage, TensorNode
 from .checkpointing import CheckpointRule
+from .fitted import Fitted
 from .placing import Placing
 from .quantizing import Quantizing, check_layers
 from .records import DTYPES, Record, device_name, dtype_name, dtype_named
@@ -162,6 +163,7 @@ class Decisions(Record):
     placing: Placing | None = None
     quantizing: tuple[Quantizing, ...] = ()
     checkpointing: tuple[CheckpointRule, ...] = ()
+    fitted: Fitted | None = None
 
     @property
     def casts(self) -> tuple[Cast, ...]:

@@ -38,7 +38,10 @@ def computing(work: Work, speeds: Speeds) -> Computing:
     known = kept_with(work)
     if (found := known.get(id(speeds))) is None or found[0] is not speeds:
         again = _seconds(((op, count) for op, count in work.ops if op.again), speeds)
-        found = known[id(speeds)] = speeds, Computing(_seconds(((op, count) for op, count in work.ops if not op.again), speeds), again)
+        found = known[id(speeds)] = (
+            speeds,
+            Computing(_seconds(((op, count) for op, count in work.ops if not op.again), speeds), again),
+        )
     seconds: Computing = found[1]
     return seconds
 
