@@ -1,4 +1,4 @@
-"""What to say where no plan for training fits: the phase and the tensors that are in the way, and changes that would do, each tried."""
+"""What to say where no plan for training fits: what is in the way, and changes that would do, each tried."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ def candidates(best: Tried, found: Found) -> Iterator[Candidate]:
             peak=short.memory.peak,
             verdict="tight" if short.room.left >= 0 else "does not fit",
             short=short.room.describe(),
+            missing=max(short.room.margin - short.room.left, 0) if short.room.left >= 0 else -short.room.left,
         )
 
 
