@@ -18,6 +18,7 @@ from . import cli_inference as serving
 from . import cli_options as options
 from . import cli_shared as shared
 from .planner.cluster import cluster_of, size_of
+from .planner.optimizers import OPTIMIZERS
 from .planner.speeds import Speeds
 from .planner.tiers import Tier
 from .planner.workload import Checkpointing as Level
@@ -26,6 +27,10 @@ from .tracer.errors import DecisionError, GroundplanError
 ClusterOption = Annotated[
     str, typer.Option(metavar="CLUSTER", help="8xH100-80GB, 2x8xH100-80GB, 1x24GB+64GB-cpu, ... or a .json file.")
 ]
+Train = Annotated[
+    str | None, typer.Option(metavar="OPTIMIZER", help=f"Fit it to training with this optimizer: {', '.join(OPTIMIZERS)}.")
+]
+Infer = Annotated[bool, typer.Option("--infer", help="Fit it to serving: reading a prompt, decoding tokens after it.")]
 Axes = Annotated[str | None, typer.Option(metavar="SIZES", help="Sizes of axes that are settled: tp=8, or dp_shard=4,tp=2.")]
 Tensor = Annotated[
     str | None,
@@ -66,8 +71,8 @@ def fit(
     spec: shared.SpecArgument,
     cluster: ClusterOption,
     kwargs: shared.KwargsOption = "{}",
-    train: options.Train = None,
-    infer: serving.Infer = False,
+    train: Train = None,
+    infer: Infer = False,
     batch_size: options.BatchSize = None,
     seq_len: options.SeqLen = None,
     accumulate: options.Accumulate = None,

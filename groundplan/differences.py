@@ -125,12 +125,12 @@ def _by_name(what: str, this: Mapping[str, str], other: Mapping[str, str]) -> It
     together: dict[tuple[str, str], list[str]] = {}
     for name in dict.fromkeys([*this, *other]):
         pair = (this.get(name, _NOTHING), other.get(name, _NOTHING))
-        together.setdefault(pair, []).append(name or "all else together")
+        together.setdefault(pair, []).append(name)
     yield from (Difference(f"{what} {_names(names)}", *pair) for pair, names in together.items() if pair[0] != pair[1])
 
 
 def _names(names: Iterable[str]) -> str:
-    folds = [fold.name for fold in fold_names(list(names))]
+    folds = [fold.name or "all else together" for fold in fold_names(list(names))]
     more = f", … and {len(folds) - _SHOWN} more" if len(folds) > _SHOWN else ""
     return ", ".join(folds[:_SHOWN]) + more
 

@@ -254,7 +254,8 @@ def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
 def _facts(graph: ParamGraph, decisions: Decisions) -> Iterator[Fact]:
     """What is decided about the whole, and by whom."""
     moves = [number for number, step in enumerate(decisions.steps) if isinstance(step, Move)]
-    yield "device", _moved(decisions, moves[-1]) if moves else _constructed_on(graph)
+    if decisions.placing is None:
+        yield "device", _moved(decisions, moves[-1]) if moves else _constructed_on(graph)
     if not any(isinstance(step, Cast) for step in decisions.steps):
         yield "dtype", f"as constructed, under the default dtype {decisions.ambient.default_dtype}: {_no_cast(decisions)}"
     layout, kind = layout_line(decisions), _layout_kind(decisions)

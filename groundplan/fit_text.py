@@ -103,7 +103,7 @@ def _candidate(candidate: Candidate, chosen: bool) -> CandidateLine:
 
 def verdict_line(candidate: Candidate) -> str:
     """The verdict, and what is missing."""
-    if candidate.missing is None:
+    if not candidate.missing:
         return candidate.verdict
     of_margin = " of the margin" if candidate.verdict == "tight" else ""
     return f"{candidate.verdict}: {format_bytes(candidate.missing)}{of_margin} missing"

@@ -71,7 +71,7 @@ def _words(name: str, value: object) -> str:
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items())
+        return "{" + ", ".join(f"{key}: {each}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):
         return " or ".join("as it is" if each is None else _words(name, each) for each in value)
     return str(value)

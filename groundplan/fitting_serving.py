@@ -64,6 +64,7 @@ def _reasons(found: Serving) -> Iterator[Reason]:
     held: dict[int, int] = {}
     for unit, home in zip(units, partition.homes, strict=True):
         held[home] = held.get(home, 0) + unit.nbytes
+    held = {home: nbytes for home, nbytes in held.items() if nbytes}
     shares = ", ".join(f"{human_bytes(nbytes)} of weights {_at(home)}" for home, nbytes in held.items())
     yield Reason(what=f"consecutive layers: {shares}", why=f"no device has room for all {weights} and what running takes")
     if found.offloaded:

@@ -48,13 +48,16 @@ def nothing_fits(question: FitTraining) -> str:
     """The error's text."""
     nearest = _nearest(question.short)
     ways = [each.describe() for each in relaxations(question)]
-    would = f"What fits, tried: {'; '.join(ways)}" if ways else "No single change or pair of changes that was tried makes it fit"
+    listed = "".join(f"\n  - {way}" for way in ways)
+    would = f"What fits, tried:{listed}" if ways else "No single change or pair of changes that was tried makes it fit"
     asked = f"nothing fits {question.cluster} for {_workload(question)}"
-    return f"{asked}: {_held(question, nearest)}. The nearest is {describe_short(nearest)}. {would}"
+    return f"{asked}: {_held(question, nearest)}.\nThe nearest is {describe_short(nearest)}.\n{would}"
 
 
 def _nearest(short: Sequence[Short]) -> Short:
-    return min(short, key=lambda each: (each.room.needed - each.room.usable) / each.room.usable)
+    """Of every layout what the last search said, which left least free; of those the one that lacks the smallest share."""
+    last = {each.layout.describe(): each for each in short}.values()
+    return min(last, key=lambda each: (each.room.needed - each.room.usable) / each.room.usable)
 
 
 def _workload(question: FitTraining) -> str:
