@@ -115,6 +115,7 @@ def readme_code() -> dict[str, list[str]]:
 
 SHARDED = "Sharded: each rank only its own part"
 CHECKPOINTS = "Checkpoints"
+FITTED = "Fitted to a cluster"
 
 
 @pytest.fixture
@@ -131,7 +132,9 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
-    code = [block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS) for block in blocks]
+    code = [
+        block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS, FITTED) for block in blocks
+    ]
     assert len(code) == 8
     for each in code:
         exec(each, names)
@@ -180,18 +183,43 @@ def test_the_readmes_code_on_checkpoints_runs(tmp_path: Path, monkeypatch: pytes
     assert load_file("initial/model.safetensors").keys() == state.keys()
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+
+
 def llama() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
-    module: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
+    module: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
     return module
+
+
+def test_the_readmes_code_on_fitting_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a small model, and its commands as well."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    (block,) = readme_code()[FITTED]
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+    names: dict[str, Any] = {"gp": gp, "torch": torch, "transformers": transformers, "config": config}
+    exec(block, names)
+    assert "two plans of" in capsys.readouterr().out
+    assert gp.Plan.load("llama.plan.json").decisions == names["plan"].decisions
+    text = README.read_text(encoding="utf-8").replace("\\\n", "")
+    fits, none = re.findall(r"^\$ groundplan (fit .*)$", text, re.MULTILINE)
+    small = ["--kwargs", json.dumps({"num_hidden_layers": 2, "vocab_size": 128, "hidden_size": 64}), "--tier", "T0"]
+    for line in (fits, none):
+        command = [part.replace("examples", str(ROOT / "examples")) for part in shlex.split(line)]
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, *small])
+        assert not ended.value.code, capsys.readouterr().err
+    assert (tmp_path / "llama.html").exists()
 
 
 def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
     text = README.read_text(encoding="utf-8").replace("\\\n", "")
-    lines = re.findall(r"^\$ groundplan (.*)$", text, re.MULTILINE)
+    lines = [line for line in re.findall(r"^\$ groundplan (.*)$", text, re.MULTILINE) if not line.startswith("fit")]
     assert [line.split()[0] for line in lines] == ["report", "report", "report", "report", "explain", "materialize", "doctor"]
     for line in (*lines[1:5], lines[6]):  # the first is the user's own model, the sixth writes gigabytes
         for name in ("report.html", "memory.svg"):

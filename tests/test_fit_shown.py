@@ -348,5 +348,5 @@ def test_plans_of_other_constructors_are_refused(plan: gp.Plan) -> None:
         plan.diff(gp.trace(nn.Linear, 3, 4))
     with pytest.raises(gp.DecisionError, match="of different arguments"):
         plan.diff(gp.trace(Net, 7))
-    with pytest.raises(gp.DecisionError, match="another gp.Plan, not with 'plan.json'"):
+    with pytest.raises(gp.DecisionError, match=r"another gp\.Plan, not with 'plan\.json'"):
         plan.diff("plan.json")  # type: ignore[arg-type]
