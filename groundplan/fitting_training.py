@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -23,11 +23,12 @@ from .planner.fit_training import LEVELS, Allowed, Found, Layout, Search, Short,
 from .planner.fitted import Fitted, TrainingRecord
 from .planner.fitted_reasons import candidates, reasons
 from .planner.meshes import meshes
+from .planner.profile import NoProfile, Profile
 from .planner.sharding import ROLES, sharding
 from .planner.speeds import Speeds
 from .planner.tiers import Tier
 from .planner.verdict import MARGIN, Verdict
-from .planner.workload import Checkpointing, Training, check_choice, check_count
+from .planner.workload import Checkpointing, Training, check_choice
 from .runtime.profiles import profile_of
 from .tracer.errors import DecisionError, FitError, MemoryRunError
 
@@ -105,9 +106,18 @@ class FitTraining:
             samples=best.layout.samples,
             reasons=tuple(reasons(best, with_earlier, found.search)),
             candidates=tuple(candidates(best, with_earlier)),
+            would_help=tuple(self._would_help(best)),
             proven=found.found.proven,
         )
         return best.decisions.model_copy(update={"fitted": record})
+
+    def _would_help(self, best: Tried) -> Iterator[str]:
+        """What the runtime does not carry out yet, where a plan has to run layers again or offload to fit."""
+        from .would_help import would_help
+
+        sharding = best.decisions.sharding
+        if best.decisions.checkpointing or (sharding is not None and sharding.offload):
+            yield from would_help(self, best.layout, best.decisions, best.memory.peak)
 
     def found(self) -> Checked | None:
         """What fits: with the whole margin, or else "tight"; without offload, or else with it."""
@@ -141,9 +151,10 @@ class FitTraining:
             deadline=None if limit is None else self.started + limit,
         )
         speeds = self.options.speeds or Speeds.of(self.cluster)
-        return Search(self.plan.graph, self.cluster, speeds, self._profile_of, allowed)
+        return Search(self.plan.graph, self.cluster, speeds, self.profile_of, allowed)
 
-    def _profile_of(self, decisions: Decisions, workload: Training) -> Any:
+    def profile_of(self, decisions: Decisions, workload: Training) -> Profile | NoProfile:
+        """What a plan's forward and backward allocate, or why that is not known."""
         return profile_of(self.plan._bound, decisions, workload)
 
     def checked(self, layouts: Sequence[Layout], free: float) -> Checked | None:
@@ -256,8 +267,3 @@ class Checked:
 
 def _several(dtypes: Dtypes) -> list[torch.dtype | None]:
     return [dtypes] if dtypes is None or isinstance(dtypes, torch.dtype) else list(dtypes)
-
-
-def check_training(workload: Training) -> None:
-    """Raise `DecisionError` for a workload that says nothing of its size."""
-    check_count("batch_size", workload.batch_size)

@@ -16,6 +16,7 @@ from .planner.memory import human_bytes
 from .planner.optimizers import state_pieces
 from .planner.rank_memory import rank_parts
 from .tracer.errors import DecisionError
+from .would_help import would_help
 
 if TYPE_CHECKING:
     from .fitting_training import FitTraining
@@ -50,7 +51,9 @@ def nothing_fits(question: FitTraining) -> str:
     ways = [each.describe() for each in relaxations(question)]
     would = f"What fits, tried: {'; '.join(ways)}" if ways else "No single change or pair of changes that was tried makes it fit"
     asked = f"nothing fits {question.cluster} for {_workload(question)}"
-    return f"{asked}: {_held(question, nearest)}. The nearest is {describe_short(nearest)}. {would}"
+    helps = list(would_help(question, nearest.layout, nearest.layout.decisions, nearest.memory.peak))
+    not_yet = f". Would help, but is not carried out yet: {'; '.join(helps)}" if helps else ""
+    return f"{asked}: {_held(question, nearest)}. The nearest is {describe_short(nearest)}. {would}{not_yet}"
 
 
 def _nearest(short: Sequence[Short]) -> Short:
