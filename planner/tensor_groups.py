@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .sharding import Cut, matches
+from .sharding import Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Group:
     @property
     def styles(self) -> dict[str, str]:
         """What each layer of the group is divided by."""
-        return {name: "colwise" for name in self.columns} | {self.row: "rowwise"}
+        return dict.fromkeys(self.columns, "colwise") | {self.row: "rowwise"}
 
     @property
     def names(self) -> frozenset[str]:

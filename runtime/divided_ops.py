@@ -31,15 +31,15 @@ def cut_after(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
     """
     given = arguments(func, args, kwargs)
     operands = [each for each in tree_leaves(list(given.values())) if isinstance(each, torch.Tensor)]
-    for each in operands:
-        if cut_of(each) is None and each.requires_grad:
-            raise NotKept(f"joins it with a tensor {list(each.shape)} that every rank has, whose gradient would be each rank's own")
     rule = _elementwise if torch.Tag.pointwise in func.tags or func.overloadpacket in _LIKE else _RULES.get(func.overloadpacket)
     if rule is None:
         raise NotKept("is not known to work on each part by itself")
     found: Cut = rule(given, operands, out, cut_of)
     if func._schema.is_mutable and any(cut_of(given[name]) != found for name in mutated(func)):
         raise NotKept("writes it into a tensor that is not divided so")
+    for each in operands:
+        if cut_of(each) is None and each.requires_grad:
+            raise NotKept(f"joins it with a whole tensor {list(each.shape)}, whose gradient would be of a rank's part alone")
     return found
 
 
@@ -68,7 +68,7 @@ def _elementwise(given: Mapping[str, Any], operands: Sequence[torch.Tensor], out
         if cut_of(each) is None and place >= 0 and each.shape[place] != 1:
             raise NotKept(f"joins it with a tensor {list(each.shape)} that is not divided")
         if cut_of(each) is not None and each.shape[place] != _first(out).shape[cut.dim]:
-            raise NotKept("repeats the divided dim")
+            raise NotKept("joins parts of different sizes")
     return cut
 
 
@@ -175,7 +175,9 @@ def _attention(given: Mapping[str, Any], operands: Sequence[torch.Tensor], out: 
     if found != {Cut(1)}:
         raise NotKept("attends with queries, keys and values that are not all divided by heads")
     mask = given.get("attn_mask")
-    if mask is not None and (cut_of(mask) not in (None, Cut(1)) or (cut_of(mask) is None and mask.ndim > 2 and mask.shape[-3] != 1)):
+    if mask is not None and (
+        cut_of(mask) not in (None, Cut(1)) or (cut_of(mask) is None and mask.ndim > 2 and mask.shape[-3] != 1)
+    ):
         raise NotKept("attends with a mask of its own for each head")
     return Cut(1)
 

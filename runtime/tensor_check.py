@@ -25,7 +25,20 @@ from .fake_ranks import propagation_apart
 from .fake_step import imagined
 from .fake_world import fake_world
 from .parallel import apply_sharding, mesh_of
-from .tensor_flow import Flow, Names, Ops, Result, Step, gradients_of, name_of, run, settings_of, tensors_in, watched_layers, watching
+from .tensor_flow import (
+    Flow,
+    Names,
+    Ops,
+    Result,
+    Step,
+    gradients_of,
+    name_of,
+    run,
+    settings_of,
+    tensors_in,
+    watched_layers,
+    watching,
+)
 
 
 @dataclass(frozen=True, slots=True)

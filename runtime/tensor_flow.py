@@ -55,7 +55,7 @@ class Step:
 
     def describe(self) -> str:
         """The op and its module, in words."""
-        return f"{self.op} in {self.place}" if self.place else self.op
+        return f"{self.op}{_in(self.place)}"
 
 
 @dataclass(slots=True)
@@ -77,12 +77,14 @@ def watched_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is an `nn.Linear` that computes as one, of a matrix of its own."""
-    return type(module).forward is nn.Linear.forward and isinstance(module._parameters.get("weight"), nn.Parameter)
+    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return own and isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
 def is_embedding(module: nn.Module) -> bool:
     """The same for an `nn.Embedding`."""
-    return type(module).forward is nn.Embedding.forward and isinstance(module._parameters.get("weight"), nn.Parameter)
+    own = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+    return own and isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
 def run(module: nn.Module, inputs: Any, training: Training) -> None:
@@ -104,15 +106,19 @@ class Ops(TorchDispatchMode):
     """Tells `seen` of every op that the forward of a module runs outside its watched layers."""
 
     def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.inside: list[str] = []
-        self._within = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._inside: list[tuple[str, bool]] = []  # the modules at work, and whether each is a watched layer
         self._over = False
         self._layers = {id(each): name for name, each in layers.items()}
         self._handles: list[Any] = []
         for name, each in module.named_modules():
             self._handles.append(each.register_forward_pre_hook(self._enters(name), prepend=True, with_kwargs=True))
-            self._handles.append(each.register_forward_hook(self._leaves(name), always_call=True))
+            self._handles.append(each.register_forward_hook(self._leaves(name)))
+
+    @property
+    def place(self) -> str:
+        """The module that is at work."""
+        return self._inside[-1][0] if self._inside else ""
 
     # What is told; all of it during the first forward of the module as a whole.
 
@@ -130,7 +136,7 @@ class Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.inside and not self._within and not self._over:
+        if self._inside and not self._over and not self._in_layer():
             self.seen(func, args, kwargs or {}, out)
         return out
 
@@ -139,15 +145,17 @@ class Ops(TorchDispatchMode):
         for each in self._handles:
             each.remove()
 
+    def _in_layer(self) -> bool:
+        return any(layer for _, layer in self._inside)
+
     def _enters(self, name: str) -> Callable[..., None]:
         def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._over:
                 return
-            self.inside.append(name)
-            if id(module) in self._layers:
-                if not self._within:
-                    self.called(self._layers[id(module)], tensors_in((args, kwargs)))
-                self._within += 1
+            layer = self._layers.get(id(module))
+            if layer is not None and not self._in_layer():
+                self.called(layer, tensors_in((args, kwargs)))
+            self._inside.append((name, layer is not None))
 
         return enters
 
@@ -155,12 +163,12 @@ class Ops(TorchDispatchMode):
         def leaves(module: nn.Module, args: Any, out: Any) -> None:
             if self._over:
                 return
-            if id(module) in self._layers:
-                self._within -= 1
-                if not self._within:
-                    self.gave(self._layers[id(module)], out)
-            self.inside.pop()
-            if not self.inside:
+            while self._inside.pop()[0] != name:  # modules whose errors were caught have not left
+                pass
+            layer = self._layers.get(id(module))
+            if layer is not None and not self._in_layer():
+                self.gave(layer, out)
+            if not self._inside:
                 self._over = True
                 self.ended(out)
 
@@ -184,7 +192,7 @@ class Following(Ops):
         super().__init__(module, layers)
         self.flow = Flow()
         self._linear = {name for name, each in layers.items() if is_linear(each)}
-        self._sizes = {name: each.weight.shape[0] for name, each in layers.items()}
+        self._sizes = {name: each.out_features for name, each in layers.items() if isinstance(each, nn.Linear)}
         self._held = {_storage(value): name for name, each in layers.items() for value in each.parameters(recurse=False)}
         self._given = {_storage(each) for each in tensors_in(inputs)}
         self._known = WeakIdKeyDictionary()
@@ -224,14 +232,13 @@ class Following(Ops):
         operands = tensors_in((args, kwargs))
         self._bar_own(operands)
         sources = frozenset[str]().union(*(self._state(each)[1] for each in operands))
-        place = next((name for name in reversed(self.inside)), "")
+        place = self.place
         cut: Cut | None = None
         if sources and not _goes_by_looks(func):
             try:
                 cut = cut_after(func, args, kwargs, out, lambda value: self._state(value)[0])
             except NotKept as reason:
-                where = f" in {place}" if place else ""
-                self.flow.paths.refuse(sources, f"reaches {func.overloadpacket.__name__}{where}, which {reason}")
+                self.flow.paths.refuse(sources, f"reaches {func.overloadpacket.__name__}{_in(place)}, which {reason}")
         results = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
         found = [self._mark(each, cut, sources) for each in results]
         if cut is not None and len(sources) > 1:
@@ -249,7 +256,9 @@ class Following(Ops):
         return Result(shape, cut, sources)
 
     def _state(self, value: Any) -> tuple[Cut | None, Names]:
-        found: tuple[Cut | None, Names] = self._known.get(value, (None, frozenset())) if value is not None else (None, frozenset())
+        found: tuple[Cut | None, Names] = (
+            self._known.get(value, (None, frozenset())) if value is not None else (None, frozenset())
+        )
         return found
 
     def _refuse_all(self, values: list[torch.Tensor], why: str) -> None:
@@ -262,7 +271,7 @@ class Following(Ops):
             name = self._held.get(_storage(each))
             if name is not None:
                 self.flow.read.add(name)
-                self.flow.paths.barred.setdefault(name, f"its weight or bias is read by other code{_in(self.inside[-1])}")
+                self.flow.paths.barred.setdefault(name, f"its weight or bias is read by other code{_in(self.place)}")
 
 
 _SIZES = frozenset({"size", "sizes", "shape", "normalized_shape", "split_sizes", "stride"})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -70,7 +69,7 @@ def inferred_rules(build: Build, decisions: Decisions, ranks: int, workload: Wor
         reasons = reasons_text(found.left_out) or f"  {_no_linear(build.graph)}"
         raise DecisionError(
             f'tensor="infer" finds nothing in {decisions.constructor} that {ranks} ranks can divide and compute the same:\n'
-            f'{reasons}\ngive rules, such as tensor={{"layers.*.up": "colwise", "layers.*.down": "rowwise"}}, or leave the axis out'
+            f'{reasons}\ngive rules, such as tensor={{"*.up": "colwise", "*.down": "rowwise"}}, or leave the axis out'
         )
     return found.rules
 
@@ -105,7 +104,9 @@ def _check(traced: TensorTrace, ranks: int) -> TensorRules:
     parts = [part for part in traced.divisible.parts if part.largest % ranks == 0]
     for part in traced.divisible.parts:
         if part.largest % ranks:
-            left_out |= dict.fromkeys(part.names, f"{ranks} ranks do not divide it evenly: its dims and heads have {part.largest}")
+            left_out |= dict.fromkeys(
+                part.names, f"{ranks} ranks do not divide it evenly: its dims and heads have {part.largest}"
+            )
     with quiet():
         while parts and (dropped := _dropped(traced, parts, ranks)):
             left_out |= {name: why for part, why in dropped for name in part.names}

@@ -9,17 +9,20 @@ these are divided alike, and no group goes from one into the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from ..planner.decisions import Decisions
 from ..planner.inference import Inference
 from ..planner.tensor_groups import Alone, Group, groups_of
 from ..planner.workload import Training
+from ..tracer.errors import DecisionError, GroundplanError
 from ..tracer.graph import ParamGraph
 from .allocations import Allocations
 from .build import Build
@@ -27,7 +30,7 @@ from .example_inputs import Workload, example_inputs
 from .fake_step import imagined, step_module
 from .profiles import quiet
 from .skipped_layers import CannotSkip, Run, Skipping, runs_of
-from .tensor_flow import Flow, Following, gradients_of, is_embedding, is_linear, run, watched_layers, watching
+from .tensor_flow import Flow, Following, gradients_of, run, watched_layers, watching
 
 SHORT = Training(batch_size=2, seq_len=8)
 """What a forward is traced with: the rules do not depend on how much there is of it."""
@@ -65,7 +68,8 @@ class TensorTrace:
 
     def module(self) -> tuple[nn.Module, Any]:
         """The module of meta tensors as it was traced, and its inputs."""
-        return _prepared(self.build, self.decisions, self.workload, self.runs)
+        module = step_module(self.build, self.decisions)
+        return module, _prepare(module, self.workload, self.runs)
 
     @property
     def training(self) -> Training:
@@ -93,25 +97,22 @@ def trace_tensor_flow(build: Build, decisions: Decisions, workload: Workload) ->
         short = None if workload.seq_len is None else SHORT.seq_len
         workload = replace(workload, batch_size=SHORT.batch_size, seq_len=short)
     with quiet():
-        runs = runs_of(step_module(build, decisions))
-        try:
-            return _traced(build, decisions, workload, runs)
-        except CannotSkip:
-            return _traced(build, decisions, workload, [])
+        module = step_module(build, decisions)
+        if runs := runs_of(module):
+            try:
+                return _traced(build, decisions, workload, runs, module)
+            except CannotSkip:
+                module = step_module(build, decisions)
+        return _traced(build, decisions, workload, [], module)
 
 
-def _traced(build: Build, decisions: Decisions, workload: Workload, runs: Sequence[Run]) -> TensorTrace:
-    module, inputs = _prepared(build, decisions, workload, runs)
+def _traced(build: Build, decisions: Decisions, workload: Workload, runs: Sequence[Run], module: nn.Module) -> TensorTrace:
+    inputs = _prepare(module, workload, runs)
     layers = watched_layers(module)
     with imagined(Allocations(True), module, inputs, "cpu") as faked:
         ops = Following(module, layers, faked)
-        try:
-            with watching(ops):
-                run(module, faked, _training(workload))
-        except Exception as error:  # with layers skipped, whatever the module's own code raises may come of that
-            if runs:
-                raise CannotSkip(str(error)) from error
-            raise
+        with _told(skipping=bool(runs)), watching(ops):
+            run(module, faked, _training(workload))
     ops.flow.gradients |= gradients_of(module)
     found = _divisible(ops.flow, layers, build.graph)
     if not _same_in_rounds(found.parts, runs):
@@ -119,13 +120,39 @@ def _traced(build: Build, decisions: Decisions, workload: Workload, runs: Sequen
     return TensorTrace(build, decisions, workload, runs, ops.flow, found)
 
 
-def _prepared(build: Build, decisions: Decisions, workload: Workload, runs: Sequence[Run]) -> tuple[nn.Module, Any]:
-    module = step_module(build, decisions)
+@contextmanager
+def _told(skipping: bool) -> Iterator[None]:
+    """With layers skipped, whatever the module's own code raises may come of that; else the user hears of it."""
+    try:
+        yield
+    except Exception as error:
+        if skipping:
+            raise CannotSkip(str(error)) from error
+        if isinstance(error, GroundplanError | DataDependentOutputException | DynamicOutputShapeException):
+            raise
+        raise DecisionError(
+            f"a forward and backward on fake tensors, in which rules for the tensor axis are looked for, fails: "
+            f"{type(error).__name__}: {error}; give inputs with which it runs (workload=gp.Training(inputs=...)), or the rules"
+        ) from error
+
+
+def _prepare(module: nn.Module, workload: Workload, runs: Sequence[Run]) -> Any:
+    """Have a module run as the workload does, without the layers that others stand for; gives its inputs."""
     module.train(not isinstance(workload, Inference))
     inputs = example_inputs(module, workload)
     for each in runs:
         Skipping(module, each)
-    return module, inputs
+        for position, name in enumerate(each.layers):
+            if each.round_of(position) is None:
+                _emptied(module.get_submodule(name))
+    return inputs
+
+
+def _emptied(layer: nn.Module) -> None:
+    """A layer that is not run needs no tensors; code that looks for them has the trace begin again with every layer run."""
+    layer._modules.clear()
+    layer._parameters.clear()
+    layer._buffers.clear()
 
 
 def _training(workload: Workload) -> Training:
@@ -139,7 +166,9 @@ def _divisible(flow: Flow, layers: Mapping[str, nn.Module], graph: ParamGraph) -
     tied = _tied(graph)
     for name in layers:
         if name in tied:
-            flow.paths.barred.setdefault(name, f"has a parameter tied with {', '.join(sorted(tied[name] - {name}) or ['itself'])}")
+            flow.paths.barred.setdefault(
+                name, f"has a parameter tied with {', '.join(sorted(tied[name] - {name}) or ['itself'])}"
+            )
     groups, left_out = groups_of(flow.paths)
     taken = frozenset[str]().union(*(group.names for group in groups))
     alone = list(_vocabulary(flow, {name: each for name, each in layers.items() if name not in taken}, tied))
@@ -148,23 +177,22 @@ def _divisible(flow: Flow, layers: Mapping[str, nn.Module], graph: ParamGraph) -
 
 
 def _tied(graph: ParamGraph) -> dict[str, set[str]]:
-    """The modules that share a parameter, for each of them."""
+    """The modules that share parameters, each with one of the next, for each of them."""
     found: dict[str, set[str]] = {}
     for tensor in graph.ties:
         owners = {name.rpartition(".")[0] for name in tensor.names}
-        for name in owners:
-            found.setdefault(name, set()).update(owners)
+        owners = owners.union(*(found.get(name, set()) for name in owners))
+        found |= dict.fromkeys(owners, owners)
     return found
 
 
-def _vocabulary(flow: Flow, layers: Mapping[str, nn.Module], tied: Mapping[str, set[str]]) -> Iterable[Alone]:
+def _vocabulary(flow: Flow, layers: Mapping[str, nn.Module], tied: Mapping[str, set[str]]) -> Iterator[Alone]:
     """The largest embedding that reads what the module is given, and the linear layers that give one number for each word."""
-    words = max((layers[name].num_embeddings for name in flow.embedded if name in layers), default=0)
-    styles = {}
+    embeddings = {name: each for name, each in layers.items() if isinstance(each, nn.Embedding)}
+    words = max((each.num_embeddings for name, each in embeddings.items() if name in flow.embedded), default=0)
+    styles = {name: "embedding_rowwise" for name, each in embeddings.items() if each.num_embeddings == words and _is_plain(each)}
     for name, each in layers.items():
-        if is_embedding(each) and each.num_embeddings == words and _is_plain(each):
-            styles[name] = "embedding_rowwise"
-        elif is_linear(each) and each.out_features == words:
+        if isinstance(each, nn.Linear) and each.out_features == words:
             styles[name] = "colwise_gather_output"
     seen: set[str] = set()
     for name in styles:
@@ -175,7 +203,7 @@ def _vocabulary(flow: Flow, layers: Mapping[str, nn.Module], tied: Mapping[str, 
         seen |= together
 
 
-def _is_plain(embedding: Any) -> bool:
+def _is_plain(embedding: nn.Embedding) -> bool:
     """Whether torch divides an embedding and computes the same: no row is scaled by what is looked up."""
     return embedding.max_norm is None and not embedding.sparse and not embedding.scale_grad_by_freq
 
