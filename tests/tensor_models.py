@@ -146,6 +146,39 @@ DIVIDED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+MORE = (
+    *("AlbertForMaskedLM", "BloomForCausalLM", "CohereForCausalLM", "DistilBertForMaskedLM", "ElectraForMaskedLM"),
+    *("FalconForCausalLM", "GPTNeoXForCausalLM", "GemmaForCausalLM", "MistralForCausalLM"),
+    *("ModernBertForMaskedLM", "OPTForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "RobertaForMaskedLM", "StableLmForCausalLM"),
+)
+"""Further models of transformers."""
+
+
+def small(name: str) -> nn.Module:
+    """A small model of transformers, of two layers and without dropout."""
+    import transformers
+
+    cls = getattr(transformers, name)
+    config = cls.config_class()
+    sizes = _SIZES | {
+        "num_key_value_heads": 2,
+        "head_dim": WIDTH // HEADS,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    for key in [key for key in vars(config) if "drop" in key and isinstance(getattr(config, key), float)]:
+        setattr(config, key, 0.0)
+    for key, value in sizes.items():
+        if hasattr(config, key) and not isinstance(getattr(type(config), key, None), property):
+            setattr(config, key, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    made: nn.Module = cls(config)
+    return made
+
+
 def inputs_of(name: str) -> dict[str, Any] | tuple[Any, ...]:
     """Inputs for a module of `DIVIDED`: the same on every rank."""
     random = torch.Generator().manual_seed(1)
@@ -154,7 +187,7 @@ def inputs_of(name: str) -> dict[str, Any] | tuple[Any, ...]:
         return (tokens,)
     if name == "vit":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=random), "labels": torch.tensor([0, 1])}
-    if name in ("llama", "bert", "t5", "gpt2"):
+    if name in ("llama", "bert", "t5", "gpt2", *MORE):
         return {"input_ids": tokens, "labels": tokens}
     return (torch.randn(SHAPE, generator=random),)
 

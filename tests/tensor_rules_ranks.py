@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import groundplan as gp
 
 from .jobs import finish
-from .tensor_models import DIVIDED, NAIVE, TRAPS, inputs_of
+from .tensor_models import DIVIDED, MORE, NAIVE, TRAPS, inputs_of, small
 
 
 def compared(build: Callable[[], nn.Module], inputs: Any, rules: Any) -> dict[str, Any]:
@@ -71,5 +72,8 @@ def _apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    if "more" in sys.argv:
+        more = {name: compared(partial(small, name), inputs_of(name), "infer") for name in MORE}
+        finish(sys.argv[1], more)
     found = {name: compared(DIVIDED[name], inputs_of(name), "infer") for name in DIVIDED}
     finish(sys.argv[1], {"divided": found, "traps": {name: compared_naively(name) for name in TRAPS}})

@@ -14,7 +14,7 @@ import groundplan as gp
 from groundplan.runtime.tensor_rules import checked_rules, divisible, tensor_rules
 
 from .jobs import launch
-from .tensor_models import DIVIDED, HEADS, TRAPS, Attention, GatedBlocks, Pair, llama, titan
+from .tensor_models import DIVIDED, HEADS, MORE, TRAPS, Attention, GatedBlocks, Pair, llama, titan
 
 BLOCK = {"a": "colwise", "b": "colwise", "c": "rowwise"}
 ATTENTION = {"q": "colwise", "k": "colwise", "v": "colwise", "o": "rowwise"}
@@ -186,3 +186,11 @@ def test_what_is_divided_computes_the_same(name: str, ranks: list[Any]) -> None:
 def test_a_trap_divided_as_it_looks_computes_something_else(name: str, ranks: list[Any]) -> None:
     each = ranks[1]["traps"][name]
     assert max(each["outputs"], each.get("gradients", 0.0)) > 1e-2
+
+
+@pytest.mark.conformance
+def test_many_more_models_compute_the_same(tmp_path: Path) -> None:
+    for found in launch("tests.tensor_rules_ranks", tmp_path, "more"):
+        apart = {name: max(each["outputs"], each["gradients"], each["after"]) for name, each in found.items()}
+        assert all(each["divided"] > 0 for each in found.values())
+        assert apart == {name: pytest.approx(0, abs=1e-4) for name in MORE}
