@@ -118,7 +118,7 @@ class Plan:
         bias
         ...
         """
-        return explain(self.graph, self.decisions, name)
+        return explain(self.graph, self.decisions, name, self._left_whole() if name is None else ())
 
     def memory(
         self,
@@ -346,6 +346,14 @@ class Plan:
         if ranks is None:
             raise DecisionError(f'tensor="infer" is for a tensor axis, and {", ".join(axes)} is none; add "tp" to the axes')
         return inferred_rules(self._bound, self.decisions, ranks, workload)
+
+    def _left_whole(self) -> Sequence[str]:
+        """What inferred rules of tensor parallelism leave out, and why, where they were found in this process."""
+        if self.decisions.sharding is None or not self.decisions.sharding.tensor:
+            return ()
+        from .runtime.tensor_rules import left_whole
+
+        return left_whole(self._bound, self.decisions)
 
     def _own_rules(self) -> Mapping[str, str]:
         """The tensor parallel plan that a transformers model brings along."""

@@ -155,14 +155,17 @@ def rules_of(styles: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def reasons_text(why: Mapping[str, str], lines: int = 12) -> str:
-    """Why layers are not divided, one line for those that differ in numbers alone."""
-    found: dict[str, tuple[str, int]] = {}
+def reason_lines(why: Mapping[str, str], most: int = 12) -> list[str]:
+    """Why layers are not divided, one line for those that differ in numbers alone.
+
+    >>> reason_lines({"layers.0.up": "leaves the module as it is", "layers.1.up": "leaves the module as it is"})
+    ['layers.*.up: leaves the module as it is']
+    """
+    found: dict[str, str] = {}
     for name, reason in why.items():
-        first, count = found.get(pattern_of(name), (reason, 0))
-        found[pattern_of(name)] = first, count + 1
-    text = [f"  {name}{f' ({count})' if count > 1 else ''}: {reason}" for name, (reason, count) in found.items()]
-    return "\n".join(text[:lines] + ([f"  and {len(text) - lines} more"] if len(text) > lines else []))
+        found.setdefault(pattern_of(name), reason)
+    lines = [f"{pattern}: {reason}" for pattern, reason in found.items()]
+    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
 
 
 # -- dims ---------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from ..planner.decisions import Decisions
 from ..planner.kept import kept_with
 from ..planner.sharding import parameters_by_module
-from ..planner.tensor_groups import Group, pattern_of, reasons_text, rules_of
+from ..planner.tensor_groups import Group, pattern_of, reason_lines, rules_of
 from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
 from .build import Build
@@ -24,6 +24,8 @@ from .example_inputs import Workload
 from .profiles import quiet
 from .tensor_check import Differs, difference
 from .tensor_trace import SHORT, Divisible, Part, TensorTrace, trace_tensor_flow
+
+_KEY = "tensor rules"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,22 @@ def inferred_rules(build: Build, decisions: Decisions, ranks: int, workload: Wor
     """The rules alone; raises `DecisionError` where nothing can be divided, with the reason for each kind of layer."""
     found = checked_rules(build, decisions, ranks, workload)
     if not found.rules:
-        reasons = reasons_text(found.left_out) or f"  {_no_linear(build.graph)}"
+        reasons = "\n".join(f"  {line}" for line in reason_lines(found.left_out) or [_no_linear(build.graph)])
         raise DecisionError(
             f'tensor="infer" finds nothing in {decisions.constructor} that {ranks} ranks can divide and compute the same:\n'
             f'{reasons}\ngive rules, such as tensor={{"*.up": "colwise", "*.down": "rowwise"}}, or leave the axis out'
         )
     return found.rules
+
+
+def left_whole(build: Build, decisions: Decisions) -> list[str]:
+    """Why layers of a plan whose rules were inferred have none, in words; nothing where they were not, or not in this process."""
+    if decisions.sharding is None:
+        return []
+    rules = {rule.pattern: rule.style for rule in decisions.sharding.tensor}
+    traces = [value for key, value in kept_with(build).items() if key[0] == _KEY]
+    found = (each for _, checked, _ in traces for each in checked.values() if rules and each.rules == rules)
+    return next((reason_lines(each.left_out) for each in found), [])
 
 
 def _no_linear(graph: ParamGraph) -> str:
@@ -87,7 +99,7 @@ def _trace_of(
     chosen: Workload = SHORT if workload is None else workload
     known = kept_with(build)
     own = None if chosen.inputs is None else (chosen.batch_size, chosen.seq_len, id(chosen.inputs))
-    key = "tensor rules", decisions.casts, type(chosen), chosen.autocast, own, id(getattr(chosen, "loss", None))
+    key = _KEY, decisions.casts, type(chosen), chosen.autocast, own, id(getattr(chosen, "loss", None))
     if key not in known:
         known[key] = trace_tensor_flow(build, decisions, chosen), {}, chosen
     found: tuple[TensorTrace, dict[int, TensorRules], Workload] = known[key]
@@ -105,11 +117,11 @@ def _check(traced: TensorTrace, ranks: int) -> TensorRules:
     for part in traced.divisible.parts:
         if part.largest % ranks:
             left_out |= dict.fromkeys(
-                part.names, f"{ranks} ranks do not divide it evenly: its dims and heads have {part.largest}"
+                part.styles, f"{ranks} ranks do not divide it evenly: its dims and heads have {part.largest}"
             )
     with quiet():
         while parts and (dropped := _dropped(traced, parts, ranks)):
-            left_out |= {name: why for part, why in dropped for name in part.names}
+            left_out |= {name: why for part, why in dropped for name in part.styles}
             parts = [part for part in parts if all(part is not each for each, _ in dropped)]
     holding = parameters_by_module(traced.build.graph)
     return TensorRules(rules_of(traced.with_skipped(_styles(parts)), holding), left_out)

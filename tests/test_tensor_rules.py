@@ -166,6 +166,13 @@ def test_the_surroundings_are_as_before() -> None:
     assert not torch.distributed.is_initialized()
 
 
+def test_explain_says_what_is_left_whole(tmp_path: Path) -> None:
+    plan = gp.trace(GatedBlocks).shard({"tp": 2}, tensor="infer")
+    told = " ".join(str(plan.explain()).split())
+    assert "first: reaches native_layer_norm in blocks.0.norm, which works along the divided dim" in told
+    assert "left whole" not in str(gp.trace(GatedBlocks).shard({"tp": 2}, tensor={"first": "colwise_gather_output"}).explain())
+
+
 # -- real ranks ---------------------------------------------------------------------------------------------------------
 
 
