@@ -23,6 +23,8 @@ ROUNDS = 4
 
 _LONGEST_PERIOD = 8
 
+_LISTS = nn.ModuleList | nn.Sequential | nn.ModuleDict
+
 
 class CannotSkip(Exception):
     """A layer in the middle gives, or is given, something else than those before it."""
@@ -49,10 +51,11 @@ class Run:
 def runs_of(module: nn.Module) -> list[Run]:
     """The runs that are long enough for layers to be skipped, outermost first."""
     found: list[Run] = []
-    lists = ((name, each) for name, each in module.named_modules() if isinstance(each, nn.ModuleList | nn.Sequential))
+    lists = ((name, each) for name, each in module.named_modules() if isinstance(each, _LISTS))
     for name, layers in lists:
         if not any(name.startswith(f"{layer}.") or name == layer for run in found for layer in run.layers):
-            found += _runs_in(name, [layer for layer in layers if layer is not None], list(layers._modules))
+            held = {key: layer for key, layer in layers._modules.items() if layer is not None}
+            found += _runs_in(name, list(held.values()), list(held))
     return found
 
 

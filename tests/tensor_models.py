@@ -53,16 +53,17 @@ class GatedBlocks(nn.Module):
 class Attention(nn.Module):
     """Attention by hand, with rotary angles and a causal mask; `heads` are what `view` is told."""
 
-    def __init__(self, heads: int = -1, size: int = WIDTH // HEADS) -> None:
+    def __init__(self, heads: int = -1, size: int = WIDTH // HEADS, turns: bool = True) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.heads, self.size = heads, size
-        self.turn = nn.Buffer(torch.randn(8, WIDTH // HEADS))
+        self.turn = nn.Buffer(torch.randn(8, WIDTH // HEADS)) if turns else None
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         batch, length, _ = value.shape
         q, k, v = (each(value).view(batch, length, self.heads, self.size).transpose(1, 2) for each in (self.q, self.k, self.v))
-        q, k = q * self.turn, k * self.turn
+        if self.turn is not None:
+            q, k = q * self.turn, k * self.turn
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
         mask = torch.full((length, length), float("-inf")).triu(1)
         merged = (scores + mask).softmax(-1) @ v
@@ -352,7 +353,7 @@ def heads_by_number() -> nn.Module:
 
 def heads_by_number_alone() -> nn.Module:
     """It runs on a part as well, with heads of half the size."""
-    return Attention(heads=HEADS, size=-1)
+    return Attention(heads=HEADS, size=-1, turns=False)
 
 
 TRAPS: dict[str, Callable[[], nn.Module]] = {
