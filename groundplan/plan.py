@@ -237,8 +237,8 @@ class Plan:
         >>> plan = trace(torch.nn.Transformer, 16, 2, 2, 2, 32).shard({"dp": 4})
         >>> plan.decisions.sharding.units
         ('encoder.layers.*', 'decoder.layers.*')
-        >>> up, down = torch.nn.Linear(4, 16), torch.nn.Linear(16, 4)
-        >>> plan = trace(torch.nn.Sequential, up, torch.nn.GELU(), down).shard({"tp": 2}, tensor="infer")
+        >>> mlp = lambda: torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+        >>> plan = trace(mlp).shard({"tp": 2}, tensor="infer")
         >>> {rule.pattern: rule.style for rule in plan.decisions.sharding.tensor}
         {'0': 'colwise', '2': 'rowwise'}
         >>> plan = trace(torch.nn.Sequential, *(torch.nn.Linear(4, 4) for _ in range(5))).shard({"pp": 2}, microbatches=8)
