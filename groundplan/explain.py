@@ -80,12 +80,16 @@ def _passage(passage: Passage) -> Iterator[RenderableType]:
         yield grid
 
 
-def explain(graph: ParamGraph, decisions: Decisions, name: str | None = None) -> Explanation:
+def explain(graph: ParamGraph, decisions: Decisions, name: str | None = None, left_whole: Sequence[str] = ()) -> Explanation:
     """How the tensor called `name` comes by its values, shape and dtype; or, without a name, every decision with its reason.
+
+    `left_whole` are lines on what inferred rules leave out.
 
     Raises `UnknownNameError` for a name that the graph does not have.
     """
-    return _explain_decisions(graph, decisions) if name is None else _explain_tensor(graph, decisions, graph.tensor(name))
+    if name is None:
+        return _explain_decisions(graph, decisions, left_whole)
+    return _explain_tensor(graph, decisions, graph.tensor(name))
 
 
 # -- one tensor ---------------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def _position(position: StreamPosition, ops: Sequence[Op]) -> str:
 # -- every decision -----------------------------------------------------------------------------------------------------
 
 
-def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
+def _explain_decisions(graph: ParamGraph, decisions: Decisions, left_whole: Sequence[str]) -> Explanation:
     ambient = decisions.ambient
     moves = [step for step in decisions.steps if isinstance(step, Move)]
     facts = [("device", f"{moves[-1].device}: you asked for it" if moves else _constructed_on(graph))]
@@ -228,6 +232,8 @@ def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
         steps += (Passage(f"{len(steps) + 1}. {layout}", tuple(layout_lines(graph, decisions))),)
     if again is not None:
         steps += (Passage(f"{len(steps) + 1}. {again}", tuple(checkpointing_lines(graph, decisions))),)
+    if left_whole:
+        steps += (Passage("left whole by the tensor axis, as a traced forward shows", tuple(left_whole)),)
     return Explanation(decisions.constructor, tuple(facts), "steps after the constructor, in your order", steps)
 
 

@@ -16,6 +16,7 @@ from .planner.allocator_config import AllocatorConfig
 from .planner.calibration import Calibration
 from .planner.check import check_decisions
 from .planner.checkpointing import checkpoint_rules
+from .planner.check_sharding import check_axes
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
 from .planner.inference import Inference
@@ -122,7 +123,7 @@ class Plan:
         bias
         ...
         """
-        return explain(self.graph, self.decisions, name)
+        return explain(self.graph, self.decisions, name, self._left_whole() if name is None else ())
 
     def memory(
         self,
@@ -229,6 +230,7 @@ class Plan:
         experts: str | Sequence[str] | None = None,
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
+        workload: Workload | None = None,
     ) -> Plan:
         """Divide the module between the ranks of a mesh: `{"dp": 8}`, or `{"dp_replicate": 2, "dp_shard": 4, "tp": 2}`.
 
@@ -243,6 +245,12 @@ class Plan:
         `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`, `colwise_gather_output`,
         `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers model's own `tp_plan`.
 
+        `"infer"` finds such rules in the module's own forward, run once on fake tensors: linear layers whose outputs reach one
+        other linear layer through ops that work on each part by itself, be they elementwise or attention over heads, are divided
+        by columns, and that one by rows; a vocabulary's embedding and head stand alone. What is found is divided by torch and run
+        as one rank of many: where ops, shapes or gradients then differ, as in code that counts heads by a plain number, the layer
+        stays whole. The forward gets the inputs of `workload`, else a few made as for `memory`.
+
         Pipeline, context and expert axes (`pp`, `cp`, `ep`, as torchtitan has them), `sequence_parallel` and `loss_parallel` are
         for `memory` and `report`: `materialize` raises, and `meta_module` is what your own code shards then. FSDP divides along
         `dp_shard` and `cp` as one axis. `ep` takes its ranks from `dp_shard`, `cp` and `tp`, so that it adds none: experts are
@@ -253,17 +261,22 @@ class Plan:
         holds (`[["embed", "layers.0"], ["layers.1", "head"]]`, torchtitan's `module_fqns_per_model_part`). `schedule` is `1f1b`,
         `gpipe` or `interleaved1f1b`; `microbatches` a rank's batch is divided into, as many as there are stages if None.
 
-        Raises `DecisionError` for axes, units, rules, stages or experts that do not fit the module, quoting the values.
+        Raises `DecisionError` for axes, units, rules, stages or experts that do not fit the module, quoting the values, and for
+        `"infer"` where nothing can be divided, saying why of each kind of layer; `MemoryRunError` where forward looks at values.
 
         >>> plan = trace(torch.nn.Transformer, 16, 2, 2, 2, 32).shard({"dp": 4})
         >>> plan.decisions.sharding.units
         ('encoder.layers.*', 'decoder.layers.*')
+        >>> mlp = lambda: torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+        >>> plan = trace(mlp).shard({"tp": 2}, tensor="infer")
+        >>> {rule.pattern: rule.style for rule in plan.decisions.sharding.tensor}
+        {'0': 'colwise', '2': 'rowwise'}
         >>> plan = trace(torch.nn.Sequential, *(torch.nn.Linear(4, 4) for _ in range(5))).shard({"pp": 2}, microbatches=8)
         >>> plan.decisions.sharding.pipeline.stages
         (('0', '1', '2'), ('3', '4'))
         """
-        engine: Literal["torch", "transformers"] = "transformers" if isinstance(tensor, str) else "torch"
-        rules = self._own_rules(tensor) if isinstance(tensor, str) else tensor
+        engine: Literal["torch", "transformers"] = "transformers" if tensor == "auto" else "torch"
+        rules = self._found_rules(tensor, axes, workload) if isinstance(tensor, str) else tensor
         made = sharding(
             axes,
             self.graph,
@@ -423,15 +436,35 @@ class Plan:
             },
         )
 
-    def _own_rules(self, tensor: str) -> Mapping[str, str]:
+    def _found_rules(self, tensor: str, axes: Mapping[str, int], workload: Workload | None) -> Mapping[str, str]:
+        """The rules that are not the user's: the model's own, or those that a traced forward shows."""
+        if tensor == "auto":
+            return self._own_rules()
+        if tensor != "infer":
+            raise DecisionError(f'tensor={tensor!r} is neither "auto" nor "infer" nor a mapping of patterns to styles')
+        from .runtime.tensor_rules import inferred_rules
+
+        check_axes(axes)
+        ranks = next((size for name, size in axes.items() if ROLES[name] == "tensor"), None)
+        if ranks is None:
+            raise DecisionError(f'tensor="infer" is for a tensor axis, and {", ".join(axes)} is none; add "tp" to the axes')
+        return inferred_rules(self._bound, self.decisions, ranks, workload)
+
+    def _left_whole(self) -> Sequence[str]:
+        """What inferred rules of tensor parallelism leave out, and why, where they were found in this process."""
+        if self.decisions.sharding is None or not self.decisions.sharding.tensor:
+            return ()
+        from .runtime.tensor_rules import left_whole
+
+        return left_whole(self._bound, self.decisions)
+
+    def _own_rules(self) -> Mapping[str, str]:
         """The tensor parallel plan that a transformers model brings along."""
-        if tensor != "auto":
-            raise DecisionError(f'tensor={tensor!r} is neither "auto" nor a mapping of patterns to styles')
         rules = getattr(self.meta_module(), "tp_plan", None)
         if not rules:
             raise DecisionError(
-                f'{self.decisions.constructor} has no tensor parallel plan of its own (tp_plan), which tensor="auto" means; give '
-                'one, such as tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"}'
+                f'{self.decisions.constructor} has no tensor parallel plan of its own (tp_plan), which tensor="auto" means; say '
+                'tensor="infer", or give one, such as tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"}'
             )
         return dict(rules)
 

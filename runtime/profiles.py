@@ -109,7 +109,7 @@ def _leaf(value: Any) -> Any:
 @torch.inference_mode(False)  # grad mode is on, whatever it is around the question
 def _made(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
     try:
-        with _quiet(), _divided_layers(build, decisions) as (made, traced):
+        with quiet(), _divided_layers(build, decisions) as (made, traced):
             found = _with_passed(made, lambda module: _inputs(module, training, decisions.sharding), training, traced)
         if decisions.sharding is not None and decisions.sharding.size("context") > 1 and not attention_output(found):
             return NoProfile("ring attention takes the place of scaled_dot_product_attention, which is not called")
@@ -182,7 +182,7 @@ def _traced(build: Build, decisions: Decisions) -> Traced:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What the module's code warns of it says when it really runs; what fake tensors log on an error is in the error."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True

@@ -25,6 +25,8 @@ _LONGEST_PERIOD = 8
 _CLOSURES = 4  # functions around functions that are looked into
 _NOTHING: Mapping[str, Any] = {}
 
+_LISTS = nn.ModuleList | nn.Sequential | nn.ModuleDict
+
 
 class CannotSkip(Exception):
     """A layer in the middle gives, or is given, something else than those before it."""
@@ -51,7 +53,7 @@ class Run:
 def runs_of(module: nn.Module, apart: Mapping[str, Any] = _NOTHING) -> list[Run]:
     """The runs that are long enough for layers to be skipped, outermost first; `apart` tells modules apart by their names."""
     found: list[Run] = []
-    lists = ((name, each) for name, each in module.named_modules() if isinstance(each, nn.ModuleList | nn.Sequential))
+    lists = ((name, each) for name, each in module.named_modules() if isinstance(each, _LISTS))
     for name, layers in lists:
         if not any(name.startswith(f"{layer}.") or name == layer for run in found for layer in run.layers):
             found += _runs_in(name, {key: layer for key, layer in layers._modules.items() if layer is not None}, apart)
