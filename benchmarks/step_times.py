@@ -2,13 +2,13 @@
 
 Each number of ranks is a job of as many processes on this machine, over gloo, with one thread each. A job measures speeds
 (`gp.measure_speeds()`) on all of its ranks before and after, builds every layout, and lets them take steps by turns, so that a
-load from outside meets all of them. What counts for a layout is the median of its steps on the slowest rank; its *noise* is half of
-what lies between their quartiles.
+load from outside meets all of them. What counts for a layout is the median of its steps on the slowest rank; its *noise* is half
+of what lies between their quartiles.
 
 What is asked is whether the predicted order is the measured one. Two layouts whose times differ by less than their noise together
-are not told apart by measuring, so: `spearman` is Spearman's rank correlation over the layouts that are told apart (from the fastest
-on, the next one that is slower than the last by more than the noise of both), and `pairs` the share of all pairs that are told
-apart, and are predicted in the measured order.
+are not told apart by measuring, so: `spearman` is Spearman's rank correlation over the layouts that are told apart (from the
+fastest on, the next one that is slower than the last by more than the noise of both), and `pairs` is how many of all pairs that
+are told apart are predicted in the measured order.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ def step_time_of(
 def _speeds(build: Build, decisions: Decisions, cluster: Cluster | str | None, speeds: Speeds | None) -> Speeds:
     if cluster is None:
         if speeds is None:
-            raise DecisionError('how fast? say on which devices, step_time(workload, "8xH100-80GB"), or speeds=gp.measure_speeds()')
+            raise DecisionError(
+                'how fast? say on which devices, step_time(workload, "8xH100-80GB"), or speeds=gp.measure_speeds()'
+            )
         return speeds
     machine = cluster_of(cluster)
     ranks = 1 if decisions.sharding is None else decisions.sharding.ranks

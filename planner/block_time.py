@@ -16,7 +16,7 @@ from .fsdp_form import Fsdp, Part, Unit
 from .profile import Block, Mark, Profile, Stretch
 from .sharding import Role, Sharding
 from .speeds import Speeds
-from .work_time import Group, computing, talking
+from .work_time import ALONE, Group, computing, talking
 
 BUCKET = 25 * 2**20
 """Bytes of gradients that DDP reduces at once: torch/nn/parallel/distributed.py `bucket_cap_mb`."""
@@ -27,9 +27,9 @@ class Talking:
     """Who talks to whom: FSDP's units and how the mesh lies, or that gradients are reduced whole, by DDP."""
 
     fsdp: Fsdp | None = None
-    shard: Group = Group()
-    replicate: Group = Group()
-    tensor: Group = Group()
+    shard: Group = ALONE
+    replicate: Group = ALONE
+    tensor: Group = ALONE
     ddp: bool = False
 
     @classmethod
@@ -48,7 +48,7 @@ def _group(sharding: Sharding, role: Role) -> Group:
         if axis.role == role:
             return Group(axis.size, stride)
         stride *= axis.size
-    return Group()
+    return ALONE
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def gathered(unit: Unit, group: Group, fsdp: Fsdp) -> Iterator[_Sent]:
     """What is read and written on the way: a rank's part, and the whole as it is copied out of the buffer."""
     whole = unit.gathered * fsdp.ranks
     if fsdp.offload:
-        yield _Sent("transfer", sum(part.numel * part.itemsize for part in unit.parts), Group())
+        yield _Sent("transfer", sum(part.numel * part.itemsize for part in unit.parts), ALONE)
     if group.ranks > 1:
         yield _Sent("all-gather", whole, group, copied=2 * unit.gathered + 2 * whole)
 
@@ -177,7 +177,7 @@ def reduced(unit: Unit, talking_to: Talking, fsdp: Fsdp, times: int = 1) -> Iter
     if fsdp.copies > 1:
         yield _Sent("all-reduce", sent, talking_to.replicate, pieces=times)
     if fsdp.offload:
-        yield _Sent("transfer", times * sum(part.numel * part.itemsize for part in unit.parts), Group())
+        yield _Sent("transfer", times * sum(part.numel * part.itemsize for part in unit.parts), ALONE)
 
 
 def _sent_itemsize(part: Part, fsdp: Fsdp) -> int:

@@ -25,8 +25,8 @@ MEMORY = 0.80
 GB/s 239.6."""
 
 LINK = 0.80
-"""Of NVLink in one direction: "360 GB/s is exactly what we'd expect on H100" of 450 (github.com/NVIDIA/nccl-tests, issue 326), 235
-of an A100's 300 (github.com/stas00/ml-engineering, network)."""
+"""Of NVLink in one direction: "360 GB/s is exactly what we'd expect on H100" of 450 (github.com/NVIDIA/nccl-tests, issue 326),
+235 of an A100's 300 (github.com/stas00/ml-engineering, network)."""
 
 NETWORK = 0.92
 """Of a network card: "you should see 46-48GB/s per NIC" of 50 (github.com/NVIDIA/nccl-tests, issue 290)."""
@@ -79,7 +79,7 @@ def speeds_of(cluster: Cluster) -> Speeds:
         between=_between(device, cluster),
         host=PCIE * (device.pcie or _stand_in().pcie or 0.0),
         host_memory=HOST_MEMORY / len(cluster.devices),
-        notes=tuple([*notes, *_link_notes(device, cluster)]),
+        notes=(*notes, *_link_notes(device, cluster)),
     )
 
 
@@ -104,7 +104,9 @@ def _slowest(cluster: Cluster) -> tuple[Device, list[str]]:
     known = [device for device in cluster.devices if device.bandwidth and (device.flops.fp32 or device.flops.bf16)]
     if len(known) < len(cluster.devices):
         unknown = next(device.name for device in cluster.devices if device not in known)
-        return _stand_in(), [f"the speeds of {unknown} are not known: those of {_STAND_IN} stand in, which is right for comparisons"]
+        return _stand_in(), [
+            f"the speeds of {unknown} are not known: those of {_STAND_IN} stand in, which is right for comparisons"
+        ]
     slowest = min(known, key=lambda device: device.flops.bf16 or device.flops.fp16 or device.flops.fp32 or 0.0)
     mixed = len({device.name for device in known}) > 1
     return slowest, [f"every rank is taken to be as slow as {slowest.name}"] if mixed else []
@@ -125,7 +127,9 @@ def _within(device: Device, cluster: Cluster) -> Link | None:
 def _between(device: Device, cluster: Cluster) -> Link | None:
     if cluster.nodes < 2:
         return None
-    return Link(bandwidth=NETWORK * (cluster.network or device.network or _NETWORK_OF_UNKNOWN), latency=LATENCY, step=NETWORK_STEP)
+    return Link(
+        bandwidth=NETWORK * (cluster.network or device.network or _NETWORK_OF_UNKNOWN), latency=LATENCY, step=NETWORK_STEP
+    )
 
 
 _NETWORK_OF_UNKNOWN = 12.5e9  # 100 Gbit/s

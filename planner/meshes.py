@@ -14,9 +14,7 @@ SEARCHED: tuple[Role, ...] = ("replicate", "shard", "tensor")
 _NAMES: Mapping[Role, str] = {"replicate": "dp_replicate", "shard": "dp_shard", "tensor": "tp"}
 
 
-def meshes(
-    cluster: Cluster, tensor_sizes: Sequence[int] = (1,), fixed: Mapping[str, int] | None = None
-) -> list[dict[str, int]]:
+def meshes(cluster: Cluster, tensor_sizes: Sequence[int] = (1,), fixed: Mapping[str, int] | None = None) -> list[dict[str, int]]:
     """The axes and sizes of every mesh of all ranks; those of size 1 are left out, unless `fixed` names them.
 
     `tensor_sizes` are those that the model can be divided into; along the tensor axis ranks are in one node. `fixed` gives the

@@ -126,9 +126,7 @@ def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, work
     return found
 
 
-def rank_parts(
-    graph: ParamGraph, decisions: Decisions, workload: Training, rank: int = 0
-) -> tuple[Fsdp | None, list[Trained]]:
+def rank_parts(graph: ParamGraph, decisions: Decisions, workload: Training, rank: int = 0) -> tuple[Fsdp | None, list[Trained]]:
     """How FSDP2 is applied to what a rank holds, and the parameters that its optimizer steps."""
     held = list(_held(graph, decisions, rank))
     stepped = [each.parameter for each in _stepped(held, graph, decisions, workload)]

@@ -22,6 +22,9 @@ class Group(NamedTuple):
     stride: int = 1
 
 
+ALONE = Group()
+
+
 class Computing(NamedTuple):
     """Seconds of computation, and those of forwards that checkpoints run again."""
 
@@ -38,7 +41,10 @@ def computing(work: Work, speeds: Speeds) -> Computing:
     known = kept_with(work)
     if (found := known.get(id(speeds))) is None or found[0] is not speeds:
         again = _seconds(((op, count) for op, count in work.ops if op.again), speeds)
-        found = known[id(speeds)] = speeds, Computing(_seconds(((op, count) for op, count in work.ops if not op.again), speeds), again)
+        found = known[id(speeds)] = (
+            speeds,
+            Computing(_seconds(((op, count) for op, count in work.ops if not op.again), speeds), again),
+        )
     seconds: Computing = found[1]
     return seconds
 
@@ -99,8 +105,8 @@ def _links(speeds: Speeds, group: Group) -> tuple[Link, Link]:
     link = speeds.within or speeds.between
     if link is None:
         raise DecisionError(
-            f"{group.ranks} ranks talk to each other, and the speeds of {speeds.device} know no link; take those of a cluster with "
-            "several devices, or measure them in a process group with gp.measure_speeds()"
+            f"{group.ranks} ranks talk to each other, and the speeds of {speeds.device} know no link; take those of a cluster "
+            "with several devices, or measure them in a process group with gp.measure_speeds()"
         )
     return link, speeds.between or link
 

@@ -22,7 +22,9 @@ TF32 = "tf32"
 """The name of float32's products where torch may compute them on tensor cores (`torch.set_float32_matmul_precision`)."""
 
 
-def noted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, on_cpu: bool, again: bool) -> Op | Exchange | None:
+def noted(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, on_cpu: bool, again: bool
+) -> Op | Exchange | None:
     """What an op does; None for a collective that only waits, or that nobody takes part in."""
     if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
         return _exchange(func, args, out, again)

@@ -130,7 +130,9 @@ def _cell_look(cell: Any, depth: int) -> Any:
         return _routine_look(value, depth)
     if _is_setting(value):
         return value
-    plain = {key: each for key, each in getattr(value, "__dict__", {}).items() if _is_setting(each) and not inspect.isroutine(each)}
+    plain = {
+        key: each for key, each in getattr(value, "__dict__", {}).items() if _is_setting(each) and not inspect.isroutine(each)
+    }
     return type(value), plain
 
 
