@@ -12,7 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .fold import fold_names
-from .layout import layout_line, layout_lines, tensor_placement, tensor_quantizing
+from .layout import (
+    checkpointing_line,
+    checkpointing_lines,
+    layout_line,
+    layout_lines,
+    tensor_placement,
+    tensor_quantizing,
+)
 from .planner.decisions import Cast, Decisions, Move, Rule, castable, final_device, final_dtype
 from .planner.estimate import memory
 from .planner.records import dtype_name
@@ -209,6 +216,9 @@ def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
     layout = layout_line(decisions)
     if layout is not None:
         facts.append(("quantized" if decisions.quantizing else "layout", f"{layout}: you asked for it"))
+    again = checkpointing_line(decisions)
+    if again is not None:
+        facts.append(("checkpointing", f"{again}: you asked for it"))
     facts.append(("random stream", f"{decisions.reference}: {_why_stream(decisions)}"))
     if decisions.bound_state is not None:
         facts.append(("bound to", f"generator state {decisions.bound_state[:12]}: the constructor looks at random values"))
@@ -216,6 +226,8 @@ def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
     steps = tuple(_step(number, step, graph) for number, step in enumerate(decisions.steps, 1))
     if layout is not None:
         steps += (Passage(f"{len(steps) + 1}. {layout}", tuple(layout_lines(graph, decisions))),)
+    if again is not None:
+        steps += (Passage(f"{len(steps) + 1}. {again}", tuple(checkpointing_lines(graph, decisions))),)
     return Explanation(decisions.constructor, tuple(facts), "steps after the constructor, in your order", steps)
 
 

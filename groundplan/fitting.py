@@ -1,112 +1,70 @@
-"""The verb behind `Plan.fit`: which decisions make a plan fit a cluster; where none do, what would."""
+"""The verb behind `Plan.fit`: serving is fitted to the devices of one node, training to all ranks of a cluster."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from .planner.allocations import Timeline
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions, Move
-from .planner.fit_serving import Serving, fit_serving
 from .planner.inference import Inference
-from .planner.inference_memory import by_rule
-from .planner.memory import Memory, human_bytes
-from .planner.replayed_run import Allocator
-from .runtime.fake_inference import fake_inference
-from .tracer.errors import DecisionError, FitError
+from .planner.workload import Training
+from .tracer.errors import DecisionError
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-_PLENTY, _GB = 2**50, 10**9  # bytes
-_MADE = (("sharding", "shards"), ("placing", "places tensors"), ("quantizing", "quantizes"))
+_MADE = (
+    ("sharding", "shards"),
+    ("placing", "places tensors"),
+    ("quantizing", "quantizes"),
+    ("checkpointing", "checkpoints activations"),
+)
 
 
-def fit(plan: Plan, cluster: Cluster, workload: Inference, disk: bool, together: Sequence[str] | None) -> Decisions:
-    """The decisions for serving on `cluster`; raises `FitError` with what would do, each of which was tried."""
-    _check(plan, cluster, workload)
-    run = fake_inference(plan._bound, plan.decisions.to("cuda"), workload)
-    search = _Search(plan, workload, disk, together, run)
-    try:
-        return search.on(cluster).decisions
-    except FitError as error:
-        ways = " or ".join(_ways(search, cluster))
-        raise FitError(f"{error}. {f'What fits: {ways}' if ways else 'Neither host memory nor int8 weights would do'}") from None
+def fit(plan: Plan, cluster: Cluster, workload: object, serving: Mapping[str, Any], training: Mapping[str, Any]) -> Plan:
+    """The plan with what is decided for `cluster`; `Plan.fit` says what the options of each workload mean, and what is raised."""
+    from .fitting_serving import fit_serving_plan
+    from .fitting_training import FitTraining, TrainingOptions
+
+    _check(plan, workload)
+    if isinstance(workload, Training):
+        _check_none_given(serving, {"disk": False, "together": None}, workload)
+        found = FitTraining(plan, cluster, workload, TrainingOptions(**training)).decisions()
+        return replace(plan, _decided=found, _workload=replace(workload, **_chosen(found)))
+    defaults = vars(TrainingOptions())
+    _check_none_given(training, defaults, workload)
+    assert isinstance(workload, Inference)
+    return replace(plan, _decided=fit_serving_plan(plan, cluster, workload, **serving), _workload=workload)
 
 
-@dataclass(frozen=True)
-class _Search:
-    """A search on one cluster or another, with one run of serving."""
-
-    plan: Plan
-    workload: Inference
-    disk: bool
-    together: Sequence[str] | None
-    run: Timeline
-
-    def on(self, cluster: Cluster) -> Serving:
-        """The best on a cluster; raises `FitError`."""
-        graph, allocator = self.plan.graph, Allocator.of(None, cluster)
-
-        def memory_of(decisions: Decisions) -> Memory:
-            return by_rule(graph, decisions, self.workload, self.run, allocator)
-
-        return fit_serving(graph, self.plan.decisions, cluster, self.run, memory_of, self.disk, self.together)
+def _chosen(decisions: Decisions) -> dict[str, Any]:
+    """What of the workload the search decided: micro-batches; and that checkpointing is the plan's now."""
+    assert decisions.fitted is not None
+    chosen = decisions.fitted.workload
+    return {"batch_size": chosen.batch_size, "accumulate": chosen.accumulate, "checkpointing": "none"}
 
 
-def _check(plan: Plan, cluster: Cluster, workload: object) -> None:
-    if not isinstance(workload, Inference):
-        raise DecisionError(
-            f"plan.fit decides for gp.Inference(...) so far, not for {workload!r}; for training, say plan.shard(...) and ask "
-            "plan.memory(workload).fits(cluster)"
-        )
+def _check_none_given(given: Mapping[str, object], defaults: Mapping[str, object], workload: object) -> None:
+    """Raise `DecisionError` for options that are for the other workload."""
+    strange = next((name for name, value in given.items() if value != defaults[name]), None)
+    if strange is not None:
+        raise DecisionError(f"{strange}={given[strange]!r} is not for {type(workload).__name__}; leave it out")
+
+
+def _check(plan: Plan, workload: object) -> None:
+    """Raise `DecisionError` for what is no workload, and for a plan that has decided what the search is to decide."""
+    if not isinstance(workload, Inference | Training):
+        raise DecisionError(f"plan.fit decides for gp.Training(...) or gp.Inference(...), not for {workload!r}")
     made = next((does for name, does in _MADE if getattr(plan.decisions, name)), None)
     moved = any(isinstance(step, Move) for step in plan.decisions.steps)
     if made is not None or moved:
         raise DecisionError(
             f"the plan {made or 'moves to a device'} already, which plan.fit is to decide; fit the plan before that"
         )
-    if cluster.nodes > 1 or not cluster.devices:
-        raise DecisionError(f"serving is fitted to the devices of one node, and {cluster} has {_has(cluster)}")
 
 
-def _has(cluster: Cluster) -> str:
+def has(cluster: Cluster) -> str:
+    """What a cluster has too much or too little of for one node's device map."""
     return f"{cluster.nodes} nodes" if cluster.nodes > 1 else "no devices"
-
-
-# -- what would do ------------------------------------------------------------------------------------------------------
-
-
-def _ways(search: _Search, cluster: Cluster) -> Iterator[str]:
-    """Changes with which it fits, each tried."""
-    yield from _with_host_memory(search, cluster)
-    yield from _in_int8(search, cluster)
-
-
-def _with_host_memory(search: _Search, cluster: Cluster) -> Iterator[str]:
-    """The host memory that is needed where there is plenty; then with just that much."""
-    try:
-        found = search.on(cluster.model_copy(update={"host_memory": _PLENTY}))
-        room = next(each for each in found.verdict.rooms if each.place.startswith("host"))
-        enough = cluster.model_copy(update={"host_memory": -(-(room.needed + room.margin) // _GB) * _GB})
-        found = search.on(enough)
-    except FitError:
-        return
-    yield f"{enough}, with {human_bytes(found.offloaded)} of the weights in host memory ({found.verdict.verdict})"
-
-
-def _in_int8(search: _Search, cluster: Cluster) -> Iterator[str]:
-    """Quantized on the largest device alone, as a plan that quantizes has one."""
-    try:
-        config = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
-    except ImportError:
-        return
-    largest = max(range(len(cluster.devices)), key=lambda index: cluster.devices[index].memory)
-    quantized = search.plan.to(f"cuda:{largest}").quantize(config)
-    memory = quantized.memory(search.workload, cluster=cluster)
-    word = memory.fits(cluster).verdict
-    if word != "does not fit":
-        yield f'plan.to("cuda:{largest}").quantize(Int8WeightOnlyConfig()) ({word})'

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from .planner.allocator_config import AllocatorConfig
+from .planner.checkpointing import check_said_once
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions
 from .planner.estimate import memory, memory_of_run
@@ -36,6 +37,7 @@ def forecast(
 ) -> Memory:
     """The memory of what `build` makes by `decisions`; `Plan.memory` says what the others mean, and what is raised."""
     check_tier(tier, workload, allocator)
+    check_said_once(decisions.checkpointing, workload)
     used = Allocator.of(allocator, cluster)
     if isinstance(workload, Inference):
         return _serving(build, decisions, workload, tier, used)

@@ -1,11 +1,12 @@
-"""A plan's sharding, placing and quantizing in words, for reports and explanations."""
+"""A plan's sharding, placing, quantizing and checkpointing in words, for reports and explanations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .fold import fold_names
+from .planner.checkpointing import matched_modules
 from .planner.decisions import Decisions, final_dtype
 from .planner.local_parts import LocalParts, shard_dim
 from .planner.quantizing import Quantizing, Size, quantized_names
@@ -67,11 +68,7 @@ def _sharding_lines(graph: ParamGraph, sharding: Sharding) -> Iterator[str]:
         left = f", and by FSDP between the {sharding.expert_shard_ranks} that hold the same" if sharding.shards else ""
         yield f"experts divided between {sharding.size('expert')} ranks, not by the tensor axis{left}: {_list(sharding.experts)}"
     if sharding.shards:
-        units = sharding.unit_names(graph)
-        after = "freed after the forward pass" if sharding.reshard is True else "kept until the backward pass"
-        if not isinstance(sharding.reshard, bool):
-            after = f"kept in shares of {sharding.reshard} ranks after the forward pass"
-        yield f"units gathered one at a time, {after}: {_list(sorted(units))}, and all else together"
+        yield from _unit_lines(sorted(sharding.unit_names(graph)), sharding)
         dtypes = [("computes in", sharding.compute_dtype), ("reduces gradients in", sharding.reduce_dtype)]
         yield from (f"{verb} {dtype}" for verb, dtype in dtypes if dtype)
         if sharding.offload:
@@ -82,6 +79,24 @@ def _sharding_lines(graph: ParamGraph, sharding: Sharding) -> Iterator[str]:
         yield "sequence parallel: norms and residuals are divided along the sequence between the ranks of the tensor axis"
     if sharding.loss_parallel:
         yield "loss parallel: logits are divided along the vocabulary between the ranks of the tensor axis"
+
+
+def _unit_lines(units: Sequence[str], sharding: Sharding) -> Iterator[str]:
+    """Units, those together that do the same after their forward."""
+    if not sharding.reshard_rules:
+        yield f"units gathered one at a time, {_after_forward(sharding.reshard)}: {_list(units)}, and all else together"
+        return
+    yield f"units gathered one at a time: {_list(units)}, and all else together"
+    together: dict[str, list[str]] = {}
+    for unit in (*units, ""):
+        together.setdefault(_after_forward(sharding.reshard_of(unit)), []).append(unit or "all else together")
+    yield from (f"{after}: {_list(names)}" for after, names in together.items())
+
+
+def _after_forward(reshard: bool | int) -> str:
+    if isinstance(reshard, bool):
+        return "freed after the forward pass" if reshard else "kept until the backward pass"
+    return f"kept in shares of {reshard} ranks after the forward pass"
 
 
 def _pipeline_lines(graph: ParamGraph, pipeline: Pipeline, ranks: int) -> Iterator[str]:
@@ -150,6 +165,27 @@ def _first_holding(tensor: TensorNode, sharding: Sharding, graph: ParamGraph) ->
         if shape is not None:
             return rank, shape
     raise AssertionError(f"no rank holds {tensor.name}")
+
+
+def checkpointing_line(decisions: Decisions) -> str | None:
+    """One line on what the plan checkpoints; None where it says nothing of it."""
+    rules = ", ".join(f"{rule.pattern} {rule.level}" for rule in decisions.checkpointing)
+    return f"checkpoint activations of {rules}" if rules else None
+
+
+def checkpointing_lines(graph: ParamGraph, decisions: Decisions) -> Iterator[str]:
+    """What each rule decides about."""
+    matched = matched_modules(decisions.checkpointing, graph)
+    for rule in decisions.checkpointing:
+        names = [name for name, found in matched.items() if found is rule]
+        yield f"{rule.pattern}: {_list(names)}: {_LEVELS[rule.level]}"
+
+
+_LEVELS = {
+    "full": "keep their inputs alone, and run again in the backward pass",
+    "selective": "keep their inputs and what attention and every other matrix product give, and run again in the backward pass",
+    "none": "keep what they compute",
+}
 
 
 def tensor_quantizing(tensor: TensorNode, decisions: Decisions) -> str | None:

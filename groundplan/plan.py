@@ -15,6 +15,7 @@ from .forecast import Workload, forecast
 from .planner.allocator_config import AllocatorConfig
 from .planner.calibration import Calibration
 from .planner.check import check_decisions
+from .planner.checkpointing import checkpoint_rules
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
 from .planner.inference import Inference
@@ -22,11 +23,11 @@ from .planner.memory import Memory
 from .planner.placing import placing
 from .planner.plan_file import load_decisions, save_decisions
 from .planner.quantizing import Filter
-from .planner.sharding import LAYERS, ROLES, Schedule, matches, sharding
+from .planner.sharding import LAYERS, ROLES, Reshard, Schedule, matches, sharding
 from .planner.speeds import Speeds
 from .planner.step_time import StepTime
 from .planner.tiers import Tier
-from .planner.workload import Training
+from .planner.workload import Checkpointing, Training
 from .progress import shown
 from .report import Report
 from .runtime import Build, materialize_state, meta_module
@@ -40,6 +41,7 @@ from .tracer.graph import ParamGraph
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .fitting_training import Dtypes
     from .verification import Verification
 
 
@@ -67,6 +69,7 @@ class Plan:
 
     _decided: Decisions | None = field(default=None, repr=False)
     _build: Build | None = field(default=None, repr=False)
+    _workload: Workload | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def decisions(self) -> Decisions:
@@ -130,6 +133,8 @@ class Plan:
     ) -> Memory:
         """The peak bytes of every phase by device: of the weights, or of training or serving them, as `workload` says.
 
+        Without one it is that of the workload given to `fit`, or of the weights alone.
+
         `tier="T0"` is a closed form. Activations are in it by one traced forward and backward of each kind of layer, which is
         kept for further calls; where that cannot be, they are left out, and a note says why. `tier="T1"` runs forward, loss,
         backward and optimizer of the plan's module twice, on fake tensors: nothing is allocated, and all that would be is
@@ -161,7 +166,7 @@ class Plan:
         >>> on_gpu.phases["optimizer"], on_gpu.reserved["optimizer"]["cuda:0"].reserved // 2**20
         (152, 68)
         """
-        return forecast(self._bound, self.decisions, workload, tier, allocator, cluster)
+        return forecast(self._bound, self.decisions, self._workload_of(workload), tier, allocator, cluster)
 
     def step_time(self, workload: Training, cluster: Cluster | str | None = None, *, speeds: Speeds | None = None) -> StepTime:
         """The seconds of one training step of each rank, predicted: computation, communication that is waited for, optimizer.
@@ -213,7 +218,7 @@ class Plan:
         *,
         units: str | Sequence[str] = LAYERS,
         tensor: str | Mapping[str, str] | None = None,
-        reshard: bool | int = True,
+        reshard: Reshard = True,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         offload: bool = False,
@@ -230,9 +235,10 @@ class Plan:
         replication. `dp`, `fsdp`, `dp_shard` or `shard` is the axis that FSDP shards along, `dp_replicate`, `replicate` or `ddp`
         the one that it replicates along, `tp` or `tensor` the one that single layers are divided along.
 
-        FSDP gathers one of the `units` at a time: patterns of the names of modules (`*` stands within one component), or
-        `"layers"`, every layer that repeats. `reshard` is FSDP2's `reshard_after_forward`, `compute_dtype` and `reduce_dtype` are
-        its mixed precision, `offload` keeps shards in host memory. `tensor` gives a style for patterns of modules:
+        FSDP gathers one of the `units` at a time: patterns of the names of modules (`*` stands within one component, `0-3` for
+        numbers), or `"layers"`, every layer that repeats. `reshard` is FSDP2's `reshard_after_forward`, or one for each pattern
+        of units, the first match first: `{"layers.0-3": False, "*": True}`, where `"*"` is all the rest and `""` the module as a
+        whole. `compute_dtype` and `reduce_dtype` are its mixed precision, `offload` keeps shards in host memory. `tensor` gives a style for patterns of modules:
         `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`, `colwise_gather_output`,
         `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers model's own `tp_plan`.
 
@@ -276,6 +282,27 @@ class Plan:
         )
         return replace(self, _decided=self.decisions.shard(made))
 
+    def checkpoint_activations(self, levels: Mapping[str, Checkpointing]) -> Plan:
+        """Have modules run again in the backward instead of keeping what they computed: `{"layers.0-11": "full"}`.
+
+        A pattern matches the names of modules component by component, `*` within one, `0-11` for numbers; the first match wins.
+        `"full"` keeps a module's inputs alone, `"selective"` besides what attention, reduce-scatter and every other matrix product
+        give (torchtitan's policy), `"none"` nothing else than without. What `materialize` and `gp.materialize` build does it by
+        itself, with `torch.utils.checkpoint`: names, values, losses, gradients and random numbers are those of the module without;
+        every tier of `memory`, and `verify`, go by it. A transformers model makes no cache of keys and values while it trains
+        then. A second call takes the place of the first.
+
+        Raises `DecisionError` for a pattern that decides about no module with parameters, for modules inside each other, for
+        those that are never called (`ModuleList`), beside `place` and `quantize`; and, where memory is asked for,
+        `gp.Training(checkpointing=...)` beside it.
+
+        >>> layers = [torch.nn.Linear(8, 8) for _ in range(3)]
+        >>> plan = trace(lambda: torch.nn.Sequential(*layers)).checkpoint_activations({"0-1": "full"})
+        >>> [(rule.pattern, rule.level) for rule in plan.decisions.checkpointing]
+        [('0-1', 'full')]
+        """
+        return replace(self, _decided=self.decisions.checkpoint_activations(checkpoint_rules(levels, self.graph)))
+
     def place(self, devices: Mapping[str, str | torch.device]) -> Plan:
         """Put each tensor on the device of the first pattern that matches: several devices, or the disk, in one process.
 
@@ -317,31 +344,83 @@ class Plan:
     def fit(
         self,
         cluster: Cluster | str,
-        workload: Inference,
+        workload: Training | Inference,
         *,
         disk: bool = False,
         together: Sequence[str] | None = None,
+        axes: Mapping[str, int] | None = None,
+        tensor: str | Mapping[str, str] | None = "auto",
+        offload: bool | None = None,
+        checkpointing: Checkpointing | Sequence[Checkpointing] | None = None,
+        dtype: Dtypes = None,
+        compute_dtype: Dtypes = None,
+        reduce_dtype: Dtypes = None,
+        split_batch: bool = False,
+        reserve: int = 0,
+        margin: float | None = None,
+        time_limit: float | None = None,
+        tier: Tier = "T1",
+        speeds: Speeds | None = None,
     ) -> Plan:
-        """Decide where everything goes, for serving on one node, a `gp.Cluster` or a string such as `"1x24GB+64GB-cpu"`.
+        """Decide what makes the model fit a cluster, a `gp.Cluster` or a string such as `"8xH100-80GB"`, and be fast there.
 
-        One device has all of it, if one can; else each gets consecutive layers, and what is left lies in host memory, or on disk
-        if `disk` allows that: the fewest bytes for the room that there is, by an exact search, with the cache and activations of
-        `workload` counted. What is found is checked by the verdict, CUDA context, allocator's rules and margin included; a place
-        that falls short gets less room, and the search is repeated. `together` are patterns of
-        modules that are not divided, every layer that repeats if None. `materialize` carries the plan out.
+        **Training** (`gp.Training`): of all meshes of the cluster's ranks over replicate, shard and tensor axes the one with which
+        a sample takes the least time, with the layers that are checkpointed, and those whose parameters stay gathered between
+        forward and backward, chosen by a mixed-integer program under the bytes that each rank has. Time is predicted as by
+        `step_time`, memory as by `memory`; what is found is run on fake tensors (tier T1), and the search repeated with less room
+        where that takes more. `materialize` carries the plan out, and `explain` says why it is as it is.
 
-        Raises `FitError` where nothing fits, with what is missing and what would do: host memory, or int8 weights, if trying
-        that shows so. Raises `DecisionError` for `gp.Training`, for clusters of several nodes, and plans that have decided.
+        The rest is for what you want to decide yourself. `axes` gives sizes of axes: `{"tp": 8}`. `tensor` is as in `shard`, None
+        forbids a tensor axis; `"auto"` is a transformers model's own plan, or one that is inferred. `offload` True or False forces
+        or forbids that shards and optimizer state live in host memory; None takes it where nothing fits otherwise and the cluster
+        says how much host memory there is. `checkpointing` is the levels that are allowed, all three if None, as is
+        `Training(checkpointing=...)` unless it is `"none"`. `dtype` is what weights may be cast to, `compute_dtype` and
+        `reduce_dtype` are FSDP2's mixed precision: one of them, or several to choose from. With `split_batch` the batch may be
+        split into micro-batches. `reserve` bytes stay free on each device, besides the `margin`, a share of what is needed (0.2;
+        if nothing fits with it, 0 and "tight"). `time_limit` is in seconds: the best found by then. `tier="T0"` leaves out the
+        run. `speeds` are measured ones (`gp.measure_speeds()`).
+
+        **Serving** (`gp.Inference`) on one node: one device has all of it, if one can; else each gets consecutive layers, and what
+        is left lies in host memory, or on disk if `disk` allows that: the fewest bytes for the room that there is, by an exact
+        search, with the cache and activations of `workload` counted. What is found is checked by the verdict, CUDA context,
+        allocator's rules and margin included; a place that falls short gets less room, and the search is repeated. `together` are
+        patterns of modules that are not divided, every layer that repeats if None.
+
+        Raises `FitError` where nothing fits, with what is missing and what would do, each tried. Raises `DecisionError` for
+        options that cannot be, serving on several nodes, and plans that have decided.
 
         >>> plan = trace(lambda: torch.nn.Sequential(*(torch.nn.Linear(8192, 8192) for _ in range(40))))
         >>> plan.fit("1x24GB", Inference(batch_size=1)).decisions.steps
         (Move(kind='move', device='cuda:0'),)
         >>> plan.fit("1x8GB+64GB-cpu", Inference(batch_size=1)).decisions.placing.main
         'cuda:0'
+        >>> trained = plan.fit("4x24GB", Training("adamw", batch_size=4, inputs=(torch.ones(4, 8192),)))
+        >>> trained.decisions.sharding.describe()
+        'dp_shard=4'
         """
         from .fitting import fit
 
-        return replace(self, _decided=fit(self, cluster_of(cluster), workload, disk, together))
+        return fit(
+            self,
+            cluster_of(cluster),
+            workload,
+            {"disk": disk, "together": together},
+            {
+                "axes": axes,
+                "tensor": tensor,
+                "offload": offload,
+                "checkpointing": checkpointing,
+                "dtype": dtype,
+                "compute_dtype": compute_dtype,
+                "reduce_dtype": reduce_dtype,
+                "split_batch": split_batch,
+                "reserve": reserve,
+                "margin": margin,
+                "time_limit": time_limit,
+                "tier": tier,
+                "speeds": speeds,
+            },
+        )
 
     def _own_rules(self, tensor: str) -> Mapping[str, str]:
         """The tensor parallel plan that a transformers model brings along."""
@@ -577,6 +656,12 @@ class Plan:
             return self.step_time(workload, cluster)
         except DecisionError as error:
             return str(error)
+
+    def _workload_of(self, workload: Workload | None) -> Workload | None:
+        """The one that is asked about, or else the one that the plan was fitted to."""
+        if workload is not None or self._workload is not None:
+            return workload or self._workload
+        return None if self.decisions.fitted is None else self.decisions.fitted.workload.to_training()
 
     @property
     def _bound(self) -> Build:

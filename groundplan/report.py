@@ -67,6 +67,7 @@ class Report(Shown):
             "sharding": self.decisions.sharding and self.decisions.sharding.model_dump(mode="json"),
             "placing": self.decisions.placing and self.decisions.placing.model_dump(mode="json"),
             "quantizing": [each.model_dump(mode="json") for each in self.decisions.quantizing],
+            "checkpointing": [rule.model_dump(mode="json") for rule in self.decisions.checkpointing],
             "parameters": _totals(self.graph.parameters) | {"trainable": self.trainable},
             "buffers": _totals(self.graph.buffers),
             "attributes": _totals(self.attributes),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .fold import fold_names
-from .layout import layout_line
+from .layout import checkpointing_line, layout_line
 from .planner.decisions import Cast, Decisions, Move
 from .planner.memory import Memory
 from .planner.records import dtype_name
@@ -104,7 +104,7 @@ def _sizes(sizes: Mapping[torch.dtype, int]) -> str:
 
 def decision_lines(decisions: Decisions) -> list[str]:
     """Everything that the user asked for, a line each."""
-    return [*map(step_line, decisions.steps), *filter(None, [layout_line(decisions)])]
+    return [*map(step_line, decisions.steps), *filter(None, [layout_line(decisions), checkpointing_line(decisions)])]
 
 
 def step_line(step: Cast | Move) -> str:

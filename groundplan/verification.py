@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .planner.calibration import Calibration, calibration_of
+from .planner.checkpointing import check_said_once
 from .planner.cluster import Cluster
 from .planner.cuda_left_out import LEFT_OUT
 from .planner.memory import Memory
@@ -232,6 +233,7 @@ def _check(plan: Plan, workload: Training | None, steps: int) -> None:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
         raise DecisionError(f"steps is {steps!r}; it takes 2 at least, as only the second step is like all later ones")
     decisions = plan.decisions
+    check_said_once(decisions.checkpointing, workload)
     if workload is not None and (decisions.placing is not None or decisions.quantizing):
         does = "places tensors on several devices" if decisions.placing is not None else "quantizes"
         raise DecisionError(f"the plan {does}, and is not trained; verify it without a workload")

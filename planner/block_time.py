@@ -156,7 +156,7 @@ def _at_mark(mark: Mark, unit: Unit, profile: Profile, talking_to: Talking, fsdp
 
 def reshards(fsdp: Fsdp, unit: Unit) -> bool | int:
     """Whether a unit's parameters are freed after its forward, or between how many ranks they stay divided."""
-    return fsdp.reshard
+    return unit.reshard
 
 
 def gathered(unit: Unit, group: Group, fsdp: Fsdp) -> Iterator[_Sent]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..tracer.errors import DecisionError, PlanFileError
 from ..tracer.graph import ParamGraph
 from .check_sharding import check_sharding
+from .checkpointing import check_checkpointing
 from .decisions import AmbientSettings, Cast, Decisions, Move, check_cast
 from .placing import check_placing
 from .quantizing import check_quantizing
@@ -28,6 +29,7 @@ def check_decisions(decisions: Decisions, graph: ParamGraph) -> None:
         check_sharding(decisions.sharding, graph)
     if decisions.placing is not None:
         check_placing(decisions.placing, graph)
+    check_checkpointing(decisions.checkpointing, graph)
     for quantizing in decisions.quantizing:
         check_quantizing(quantizing, graph)
 

@@ -9,11 +9,10 @@ from typing import Any
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
 from .experts import check_experts, experts_of
-from .sharding import ROLES, TORCH_STYLES, Sharding, cut_of, matches, parameters_by_module
+from .sharding import NEVER_CALLED, ROLES, TORCH_STYLES, Sharding, cut_of, matches, parameters_by_module
 from .stages import check_pipeline
 
 _ORDER = ("pipeline", "replicate", "shard", "context", "tensor")
-_CONTAINERS = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
 
 def check_axes(axes: Any) -> None:
@@ -114,6 +113,9 @@ def _check_module(graph: ParamGraph) -> None:
 
 
 def _check_units(sharding: Sharding, graph: ParamGraph) -> None:
+    if sharding.reshard_rules and not sharding.shards:
+        patterns = [rule.pattern for rule in sharding.reshard_rules]
+        raise DecisionError(f"reshard of {patterns} is for FSDP, and {sharding.describe()} has no axis to shard along")
     if sharding.units and not sharding.shards:
         raise DecisionError(f"units={list(sharding.units)} are for FSDP, and {sharding.describe()} has no axis to shard along")
     names = {module.name: module.type for module in graph.modules}
@@ -123,7 +125,7 @@ def _check_units(sharding: Sharding, graph: ParamGraph) -> None:
         if not found:
             raise DecisionError(f"the unit {pattern!r} matches no module{nearest(pattern, names)}")
         for name in found:
-            if names[name] in _CONTAINERS:
+            if names[name] in NEVER_CALLED:
                 raise DecisionError(f"the unit {name} is a {names[name]}, which is never called itself: say {pattern + '.*'!r}")
         if not any(each == name or each.startswith(f"{name}.") for name in found for each in holding):
             raise DecisionError(f"the unit {pattern!r} matches {found[0]}, which holds no parameters")
@@ -160,11 +162,7 @@ def _cut_text(cut: Any) -> str:
 
 
 def _check_fsdp(sharding: Sharding, graph: ParamGraph) -> None:
-    size, reshard = sharding.shard_ranks, sharding.reshard
-    if not isinstance(reshard, bool) and (reshard < 1 or size % reshard):
-        raise DecisionError(
-            f"reshard={reshard} ranks cannot hold a unit between them: {size} ranks do not divide into such groups"
-        )
+    _check_reshard(sharding, graph)
     for tensor in graph.parameters:
         if not tensor.shape:
             raise DecisionError(
@@ -172,6 +170,28 @@ def _check_fsdp(sharding: Sharding, graph: ParamGraph) -> None:
             )
         if not tensor.view.is_contiguous:
             raise DecisionError(f"{tensor.name} does not lie in memory in the order of its dims, which FSDP does not shard")
+
+
+def _check_reshard(sharding: Sharding, graph: ParamGraph) -> None:
+    size = sharding.shard_ranks
+    for reshard in (sharding.reshard, *(rule.reshard for rule in sharding.reshard_rules)):
+        if not isinstance(reshard, bool) and (reshard < 1 or size % reshard):
+            raise DecisionError(
+                f"reshard={reshard} ranks cannot hold a unit between them: {size} ranks do not divide into such groups"
+            )
+    units = ["", *sharding.unit_names(graph)]
+    deciding = [sharding.reshard_rule(unit) for unit in units]
+    for rule in sharding.reshard_rules:
+        if not any(found is rule for found in deciding):
+            raise DecisionError(_no_unit(rule.pattern, sharding, units))
+
+
+def _no_unit(pattern: str, sharding: Sharding, units: list[str]) -> str:
+    found = next((unit for unit in units if matches(pattern, unit)), None)
+    earlier = None if found is None else sharding.reshard_rule(found)
+    if earlier is not None:
+        return f"reshard: all that {pattern!r} matches is decided by {earlier.pattern!r} before it; put it first, or leave it out"
+    return f"reshard: the pattern {pattern!r} matches no unit{nearest(pattern, units)}"
 
 
 # -- tensor parallelism -------------------------------------------------------------------------------------------------

@@ -22,10 +22,14 @@ from pydantic import Field, StringConstraints, field_validator
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import Ambient, ParamGraph, Storage, TensorNode
+from .checkpointing import CheckpointRule
+from .fitted import Fitted
 from .placing import Placing
 from .quantizing import Quantizing, check_layers
 from .records import DTYPES, Record, device_name, dtype_name, dtype_named
 from .sharding import Sharding
+
+_FOR_SERVING = "plan.{} builds for inference, which has no backward to checkpoint activations for"
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8,128}$")]
@@ -144,6 +148,7 @@ class Decisions(Record):
     `fingerprint` is the graph's. `bound_state` is a digest of the generator state that the tape holds for, where the constructor
     looked at random values; else None. `constructor` is for display only and never imported. `sharding` is None where one process
     builds it all, `placing` where that puts it on one device. `quantizing` is done after the steps, each to layers of its own.
+    `checkpointing` says which modules run again in the backward, and by which level.
     """
 
     constructor: str
@@ -157,6 +162,8 @@ class Decisions(Record):
     sharding: Sharding | None = None
     placing: Placing | None = None
     quantizing: tuple[Quantizing, ...] = ()
+    checkpointing: tuple[CheckpointRule, ...] = ()
+    fitted: Fitted | None = None
 
     @property
     def casts(self) -> tuple[Cast, ...]:
@@ -196,6 +203,7 @@ class Decisions(Record):
         if any(isinstance(step, Move) for step in self.steps):
             raise DecisionError("the plan moves the module to one device; leave out .to(...), or .place(...)")
         self._check_not_quantized("place")
+        self._check_not_checkpointed("place")
         return self.model_copy(update={"placing": placing})
 
     def quantize(self, quantizing: Quantizing) -> Decisions:
@@ -203,8 +211,20 @@ class Decisions(Record):
         for name, other in (("shard", self.sharding), ("place", self.placing)):
             if other is not None:
                 raise DecisionError(f"a plan that quantizes builds on one device; leave out .{name}(...), or .quantize(...)")
+        self._check_not_checkpointed("quantize")
         check_layers(quantizing, self.quantizing)
         return self.model_copy(update={"quantizing": (*self.quantizing, quantizing)})
+
+    def checkpoint_activations(self, rules: tuple[CheckpointRule, ...]) -> Decisions:
+        """These decisions, with what runs again in the backward; raises `DecisionError` beside `place` and `quantize`."""
+        for name, other in (("place", self.placing), ("quantize", self.quantizing)):
+            if other:
+                raise DecisionError(f"{_FOR_SERVING.format(name)}; leave out .{name}(...), or .checkpoint_activations(...)")
+        return self.model_copy(update={"checkpointing": rules})
+
+    def _check_not_checkpointed(self, name: str) -> None:
+        if self.checkpointing:
+            raise DecisionError(f"{_FOR_SERVING.format(name)}; leave out .checkpoint_activations(...), or .{name}(...)")
 
     def _check_not_quantized(self, name: str) -> None:
         if self.quantizing:

@@ -132,11 +132,15 @@ class Short:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the search may choose, and how much it leaves free: a share of what is needed, and bytes on each device."""
+    """What the search may choose, and how much it leaves free: a share of what is needed, and bytes on each device.
+
+    Verdicts say "fits" where `margin` is left free; `free`, at most as much, is what the search insists on.
+    """
 
     levels: tuple[Checkpointing, ...] = LEVELS
     gathered: tuple[bool, ...] = (False, True)
     margin: float = MARGIN
+    free: float = MARGIN
     reserve: int = 0
     deadline: float | None = None
 
@@ -196,15 +200,29 @@ class Search:
     def _is_late(self) -> bool:
         return self.allowed.deadline is not None and time.monotonic() > self.allowed.deadline
 
+    def simplified(self, best: Tried) -> Tried:
+        """The same layout with no layer that stays gathered, where that is as fast."""
+        if not any(each.gathered for run in best.does for each in run):
+            return best
+        found = replace(self, allowed=replace(self.allowed, gathered=(False,))).of(best.layout)
+        return found if isinstance(found, Tried) and found.seconds <= best.seconds * (1 + ALIKE) else best
+
+    def uniform(self, layout: Layout, does: Does) -> Tried | None:
+        """The plan in which every layer does the same, whether it fits or not."""
+        found = self._uniform(layout, does)
+        return found if isinstance(found, Tried) else None
+
     # -- one layout -----------------------------------------------------------------------------------------------------
 
     def of(self, layout: Layout) -> Tried | Short | NoProfile:
         """The best plan of a layout."""
+        if (short := self._without_activations(layout)) is not None:
+            return short
         does = self.allowed.does(layout)
         leanest = self._uniform(layout, does[0])
         if isinstance(leanest, NoProfile):
             return leanest
-        if (room := self._shortest(leanest.verdict)) is not None:
+        if (room := self.shortest(leanest.verdict)) is not None:
             return Short(layout, room, leanest.memory)
         profiles: dict[Does, Profile] = {}
         for each in does:
@@ -217,6 +235,12 @@ class Search:
         except NoMix:
             return self._best_uniform(layout, list(profiles), leanest)
 
+    def _without_activations(self, layout: Layout) -> Short | None:
+        """What falls short by its weights, gradients and optimizer state alone need not be traced."""
+        found = memory(self.graph, layout.decisions, layout.workload)
+        room = self.shortest(found.fits(self.cluster, self.allowed.margin))
+        return None if room is None else Short(layout, room, found)
+
     def _uniform(self, layout: Layout, does: Does) -> Tried | NoProfile:
         """The plan in which every layer does the same."""
         profile = self.profile_of(layout.decisions, replace(layout.workload, checkpointing=does.level))
@@ -227,7 +251,7 @@ class Search:
 
     def _best_uniform(self, layout: Layout, does: Sequence[Does], leanest: Tried) -> Tried:
         found = [self._uniform(layout, each) for each in does]
-        fitting = [each for each in found if isinstance(each, Tried) and self._shortest(each.verdict) is None]
+        fitting = [each for each in found if isinstance(each, Tried) and self.shortest(each.verdict) is None]
         return min(fitting, key=lambda each: each.seconds, default=leanest)
 
     def _chosen(self, layout: Layout, profiles: Mapping[Does, Profile], leanest: Tried) -> Tried:
@@ -242,10 +266,10 @@ class Search:
                 break
             rounds = tuple(map(tuple, keys_chosen(chosen, list(pure))))
             found = self._tried(layout, mixed(profiles, rounds), rounds, chosen.proven)
-            room = self._shortest(found.verdict)
+            room = self.shortest(found.verdict)
             if room is None:
                 return found if found.seconds <= best.seconds else best
-            budget -= max(self._missing(room), _LEAST)
+            budget -= max(self.missing_at(room), _LEAST)
         return best
 
     def _tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
@@ -267,15 +291,20 @@ class Search:
 
     # -- room -----------------------------------------------------------------------------------------------------------
 
-    def _shortest(self, verdict: Verdict) -> Room | None:
+    def shortest(self, verdict: Verdict) -> Room | None:
         """The place that is most short of room, if one is."""
-        short = [room for room in verdict.rooms if self._missing(room) > 0 or room.retries]
-        return max(short, key=self._missing, default=None)
+        short = [room for room in verdict.rooms if self.missing_at(room) > 0 or room.retries]
+        return max(short, key=self.missing_at, default=None)
 
-    def _missing(self, room: Room) -> int:
+    def missing(self, verdict: Verdict) -> int:
+        """Bytes that a rank lacks where it lacks most; 0 or below where all is well."""
+        return max(self.missing_at(room) for room in verdict.rooms)
+
+    def missing_at(self, room: Room) -> int:
         """Bytes that a rank lacks there, with the margin and the reserve."""
         ranks = self._ranks_at(room)
-        return -(-(room.margin + ranks * self.allowed.reserve - room.left) // ranks)
+        free = int(room.needed * self.allowed.free) + ranks * self.allowed.reserve
+        return -(-(free - room.left) // ranks)
 
     def _ranks_at(self, room: Room) -> int:
         """How many ranks share a place."""
@@ -291,8 +320,8 @@ class Search:
 
     def _usable(self, room: Room) -> float:
         """Bytes of tensors that a rank may have there."""
-        ranks, margin = self._ranks_at(room), self.allowed.margin
-        return ((room.usable - ranks * self.allowed.reserve) / (1 + margin) - sum(room.added.values())) / ranks
+        ranks = self._ranks_at(room)
+        return ((room.usable - ranks * self.allowed.reserve) / (1 + self.allowed.free) - sum(room.added.values())) / ranks
 
     def _seconds_left(self) -> float | None:
         deadline = self.allowed.deadline

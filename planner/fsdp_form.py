@@ -4,7 +4,7 @@ torch/distributed/fsdp/_fully_shard/ says when, and which function of it is name
 
 * before a unit's forward its parameters are gathered (`FSDPParamGroup.unshard`, `wait_for_unshard`): the all-gather's buffer is
   there beside the whole parameters until the next unit has been gathered, in the backward only until it is copied out;
-* after it they are freed (`reshard`), or kept, or a larger part of them is, by `reshard_after_forward`;
+* after it they are freed (`reshard`), or kept, or a larger part of them is, by the unit's `reshard_after_forward`;
 * when the backward comes to a unit they are gathered again, and into its buffer the unit that comes next (`_backward_prefetch`);
 * after its backward (`post_backward`) its gradients are copied into the buffer of a reduce-scatter, which stays until the next
   unit's (`foreach_reduce`); what comes out is this rank's gradients, converted if they are reduced in another dtype.
@@ -34,10 +34,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Parameters that are gathered, and whose gradients are reduced, together."""
+    """Parameters that are gathered, and whose gradients are reduced, together; `reshard` is `reshard_after_forward`."""
 
     name: str
     parts: tuple[Part, ...]
+    reshard: bool | int = True
 
     @property
     def gathered(self) -> int:
@@ -53,14 +54,13 @@ class Unit:
 class Fsdp:
     """How FSDP2 is applied: to which units, over how many ranks, and by which settings.
 
-    `reshard` is `reshard_after_forward`; `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size
-    of the axis that gradients are reduced along besides (HSDP); `offload` says that shards are in the memory of the host.
-    `on_cpu` says that collectives are gloo's, which copies what it is given.
+    `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of the axis that gradients are reduced
+    along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu` says that collectives are gloo's,
+    which copies what it is given.
     """
 
     units: Mapping[str, Unit]
     ranks: int
-    reshard: bool | int = True
     reduce_itemsize: int | None = None
     copies: int = 1
     offload: bool = False
@@ -72,7 +72,7 @@ def with_fsdp(profile: Profile, fsdp: Fsdp) -> list[Script]:
     """A profile's scripts with what FSDP2 adds to each.
 
     Of layers that repeat, what is added in the one that stands for others is the same for each of them: units alike are of one
-    size, and each finds and leaves the same buffers.
+    size and one resharding (`apart.py`), and each finds and leaves the same buffers.
     """
     turns = _Turns(fsdp, profile, _gradients(profile, fsdp))
     found = []
@@ -146,10 +146,10 @@ class _Turns:
 
     def _after_forward(self, unit: Unit) -> Iterator[_Step]:
         if unit.parts:
-            if self._keeps_more:
+            if self._keeps_more(unit):
                 yield self._more(unit, 1)
                 self.larger.add(unit.name)
-            if self.fsdp.reshard is not False:
+            if unit.reshard is not False:
                 yield self._freed(unit)
             self.order.append(unit.name)
         if unit.name == "" and self.last_gathered is not None:
@@ -187,7 +187,7 @@ class _Turns:
             self.last_reduced = Extra(_BUFFER, self._label(unit), sent * self.fsdp.ranks)
             yield self.last_reduced
             yield from (Event(gradients[part.name], -1) for part in parts)
-            yield from self._scatter(Unit(unit.name, parts), sent)
+            yield from self._scatter(replace(unit, parts=parts), sent)
 
     def _scatter(self, unit: Unit, sent: int) -> Iterator[_Step]:
         """`foreach_reduce`: what comes out of a reduce-scatter becomes this rank's gradients."""
@@ -248,14 +248,12 @@ class _Turns:
         self.whole.discard(unit.name)
         return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks, -1)
 
-    @property
-    def _keeps_more(self) -> bool:
+    def _keeps_more(self, unit: Unit) -> bool:
         """Whether a larger part than a rank's own stays after the forward: `reshard` is the number of ranks that share it."""
-        reshard = self.fsdp.reshard
-        return not isinstance(reshard, bool) and reshard != self.fsdp.ranks
+        return not isinstance(unit.reshard, bool) and unit.reshard != self.fsdp.ranks
 
     def _more(self, unit: Unit, count: int) -> Extra:
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks // int(self.fsdp.reshard), count)
+        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks // int(unit.reshard), count)
 
     def _sent_itemsize(self, part: Part) -> int:
         return self.fsdp.reduce_itemsize or part.gathered_itemsize

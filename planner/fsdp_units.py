@@ -25,7 +25,6 @@ def fsdp_of(graph: ParamGraph, decisions: Decisions, held: Sequence[Held], devic
     return Fsdp(
         units=_units(graph, sharding, held),
         ranks=sharding.shard_ranks,
-        reshard=_reshard(sharding),
         reduce_itemsize=None if reduced is None else dtype_named(reduced).itemsize,
         copies=sharding.size("replicate"),
         offload=sharding.offload and device != HOST,
@@ -33,9 +32,12 @@ def fsdp_of(graph: ParamGraph, decisions: Decisions, held: Sequence[Held], devic
     )
 
 
-def _reshard(sharding: Sharding) -> bool | int:
-    """1 rank is not to reshard, all ranks are to do it: torch's `_get_post_forward_mesh_info`."""
-    reshard = sharding.reshard
+def reshard_of(sharding: Sharding, unit: str) -> bool | int:
+    """What a unit does after its forward, where 1 rank is not to reshard, and all ranks are to do it.
+
+    As torch's `_get_post_forward_mesh_info`. So a number is never 1.
+    """
+    reshard = sharding.reshard_of(unit)
     return reshard if isinstance(reshard, bool) else {1: False, sharding.shard_ranks: True}.get(reshard, reshard)
 
 
@@ -49,7 +51,7 @@ def _units(graph: ParamGraph, sharding: Sharding, held: Sequence[Held]) -> dict[
             converted = dtype is not None and each.tensor.dtype.is_floating_point
             gathered = dtype.itemsize if dtype is not None and converted else each.itemsize
             parts[_owner(each.tensor.name, names)].append(Part(each.tensor.name, each.padded, each.itemsize, gathered))
-    return {name: Unit(name, tuple(found)) for name, found in parts.items()}
+    return {name: Unit(name, tuple(found), reshard_of(sharding, name)) for name, found in parts.items()}
 
 
 def _owner(name: str, units: set[str]) -> str:

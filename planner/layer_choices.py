@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 from .choices import Choice, Chosen, LayerClass
 from .mixed import TRACED, Key, Place, places_of, rounds_of
 from .profile import Profile
 from .step_form import Script, rise_and_net
+
+
+_LATER = 1e-9
+"""The share of its time by which a round is dearer: among choices that cost the same, those that keep least go to the first layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class Pure:
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(Generic[Key]):
     """A block in one of its forms: how far it raises the running sum, and where it leaves it."""
 
     moment: str
@@ -73,7 +78,7 @@ def keys_chosen(chosen: Chosen, keys: Sequence[Key]) -> list[list[Key]]:
     return [[key for each in spread[first : first + TRACED] for key in each] for first in range(0, len(spread), TRACED)]
 
 
-def _items(pure: Mapping[Key, Pure], number: int) -> Iterator[_Item]:
+def _items(pure: Mapping[Key, Pure], number: int) -> Iterator[_Item[Key]]:
     """All blocks in all their forms, in order; only one form of each is there, but of those in the middle."""
     keys = list(pure)
     for index, place in enumerate(places_of(pure[keys[0]].profile)):
@@ -83,7 +88,7 @@ def _items(pure: Mapping[Key, Pure], number: int) -> Iterator[_Item]:
             yield _Item(f"{number}:{index}:{key}", place, key, rise, net)
 
 
-def _choice(pure: Mapping[Key, Pure], key: Key, run: int, traced: int, passes: Sequence[Sequence[_Item]]) -> Choice:
+def _choice(pure: Mapping[Key, Pure], key: Key, run: int, traced: int, passes: Sequence[Sequence[_Item[Key]]]) -> Choice:
     """A form of a round, with what is beside it: what each such round holds at every moment, and what one needs in its own."""
     held: dict[str, int] = {}
     needed: dict[str, int] = {}
@@ -98,4 +103,5 @@ def _choice(pure: Mapping[Key, Pure], key: Key, run: int, traced: int, passes: S
             level += item.net
     places = places_of(pure[key].profile)
     own = [index for index, place in enumerate(places) if (place.run, place.traced) == (run, traced)]
-    return Choice(str(key), sum(pure[key].seconds[index] for index in own), held, needed)
+    seconds = sum(pure[key].seconds[index] for index in own)
+    return Choice(str(key), seconds * (1 + _LATER * (traced - list(pure).index(key) * (traced > 1))), held, needed)

@@ -14,19 +14,25 @@ SEARCHED: tuple[Role, ...] = ("replicate", "shard", "tensor")
 _NAMES: Mapping[Role, str] = {"replicate": "dp_replicate", "shard": "dp_shard", "tensor": "tp"}
 
 
-def meshes(cluster: Cluster, tensor_sizes: Sequence[int] = (1,), fixed: Mapping[str, int] | None = None) -> list[dict[str, int]]:
+def meshes(
+    cluster: Cluster,
+    tensor_sizes: Sequence[int] = (1,),
+    fixed: Mapping[str, int] | None = None,
+    sharded: bool = False,
+) -> list[dict[str, int]]:
     """The axes and sizes of every mesh of all ranks; those of size 1 are left out, unless `fixed` names them.
 
     `tensor_sizes` are those that the model can be divided into; along the tensor axis ranks are in one node. `fixed` gives the
-    sizes of some axes; the others are free. Raises `DecisionError` for axes that the search does not decide about, and where no
+    sizes of some axes; the others are free. With `sharded` there is a shard axis even of size 1: mixed precision and offload are
+    FSDP's. Raises `DecisionError` for axes that the search does not decide about, and where no
     mesh is left.
 
-    >>> meshes(Cluster.parse("4xH100-80GB"), (1, 2))
-    [{'dp_replicate': 4}, {'dp_replicate': 2, 'dp_shard': 2}, {'dp_shard': 4}, {'dp_replicate': 2, 'tp': 2}, {'dp_shard': 2, 'tp': 2}]
+    >>> meshes(Cluster.parse("2xH100-80GB"), (1, 2))
+    [{'dp_replicate': 2}, {'dp_shard': 2}, {'tp': 2}]
     """
     wanted = _by_role(fixed or {})
     found = [
-        {name: size for name, size in zip(_named(fixed or {}), sizes, strict=True) if size > 1 or name in (fixed or {})}
+        _mesh(sizes, fixed or {}, sharded)
         for sizes in _sizes(cluster, tensor_sizes)
         if all(dict(zip(SEARCHED, sizes, strict=True))[role] == size for role, size in wanted.items())
     ]
@@ -38,6 +44,13 @@ def meshes(cluster: Cluster, tensor_sizes: Sequence[int] = (1,), fixed: Mapping[
             f"the tensor axis can be {', '.join(map(str, tensor_sizes))}"
         )
     return found
+
+
+def _mesh(sizes: tuple[int, int, int], fixed: Mapping[str, int], sharded: bool) -> dict[str, int]:
+    """Without axes of size 1: but torch replicates beside tensor parallelism only where it shards as well."""
+    needed = "shard" if sharded or (sizes[0] > 1 and sizes[2] > 1) else None
+    named = zip(SEARCHED, _named(fixed), sizes, strict=True)
+    return {name: size for role, name, size in named if size > 1 or name in fixed or role == needed}
 
 
 def _sizes(cluster: Cluster, tensor_sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:

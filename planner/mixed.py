@@ -7,9 +7,10 @@ the first, the last and the last but one have blocks of their own, and one in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Generic, TypeVar
 
 from .allocations import Allocation
 from .profile import Block, Event, Mark, Profile, Repeated, Stretch, net_of, stretch
@@ -17,7 +18,7 @@ from .profile import Block, Event, Mark, Profile, Repeated, Stretch, net_of, str
 TRACED = 4
 """Rounds of a run that a profile has blocks of: the first, one in the middle, the last but one, the last."""
 
-Key = Hashable
+Key = TypeVar("Key", bound=Hashable)
 """What tells apart what layers may do."""
 
 
@@ -26,7 +27,7 @@ class NoMix(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Generic[Key]):
     """Rounds of a run that follow each other and do the same: `count` of them, from `start` on, by the profile's round `traced`."""
 
     key: Key
@@ -35,7 +36,7 @@ class Piece:
     count: int
 
 
-def pieces_of(keys: Sequence[Key]) -> list[Piece]:
+def pieces_of(keys: Sequence[Key]) -> list[Piece[Key]]:
     """The pieces of a run in which round `i` does `keys[i]`.
 
     >>> [(each.key, each.traced, each.start, each.count) for each in pieces_of("aaabbb")]
@@ -128,10 +129,10 @@ def places_of(profile: Profile) -> list[Place]:
     return found
 
 
-class _Mixed:
+class _Mixed(Generic[Key]):
     """Profiles side by side in one table of allocations, each with names of its own."""
 
-    def __init__(self, profiles: Mapping[Key, Profile], pieces: Sequence[Sequence[Piece]]) -> None:
+    def __init__(self, profiles: Mapping[Key, Profile], pieces: Sequence[Sequence[Piece[Key]]]) -> None:
         self.outer = next(iter(profiles.values()))
         self._pieces = pieces
         self._profiles = profiles
@@ -210,8 +211,3 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
         if name == layer or name.startswith(f"{layer}."):
             return other + name[len(layer) :]
     return name
-
-
-def spread(profile: Profile, key_of: Callable[[str], Key]) -> list[list[Key]]:
-    """What each round of each run does where `key_of` says it of the first layer of a round."""
-    return [[key_of(layer) for layer in run.layers[:: run.period]] for run in profile.repeated]

@@ -99,10 +99,11 @@ def is_placed(pattern: str, name: str) -> bool:
     parts, wanted = name.split("."), pattern.split(".")
     if wanted[-1] == "*":
         wanted.pop()
-    return bool(wanted) and len(parts) >= len(wanted) and all(map(_is_component, wanted, parts))
+    return bool(wanted) and len(parts) >= len(wanted) and all(map(is_component, wanted, parts))
 
 
-def _is_component(wanted: str, part: str) -> bool:
+def is_component(wanted: str, part: str) -> bool:
+    """Whether one component of a name is as `wanted` says: a number from 3 to 7 by `3-7`, else as `fnmatch` has it."""
     numbers = _RANGE.fullmatch(wanted)
     if numbers is not None and part.isdecimal():
         return int(numbers[1]) <= int(part) <= int(numbers[2])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from pydantic import Field, StringConstraints, field_validator
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph
 from .kept import kept_with
-from .placing import owners
+from .placing import is_component, owners
 from .records import Record, dtype_name, dtype_named
 
 Role = Literal["pipeline", "replicate", "shard", "context", "tensor", "expert"]
@@ -47,6 +46,9 @@ ROLES: Mapping[str, Role] = {
 }
 """What each name of an axis means; torchtitan's, and the usual short ones."""
 
+NEVER_CALLED = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
+"""Classes of modules that only hold others."""
+
 LAYERS = "layers"
 """The units where none are named: every layer that repeats."""
 
@@ -61,6 +63,9 @@ class Cut(NamedTuple):
 Schedule = Literal["1f1b", "gpipe", "interleaved1f1b"]
 """The orders of forward and backward in a pipeline; torch.distributed.pipelining's `Schedule1F1B`, `ScheduleGPipe` and
 `ScheduleInterleaved1F1B`."""
+
+Reshard = bool | int | Mapping[str, bool | int]
+"""FSDP2's `reshard_after_forward`: of all units, or of those that patterns match."""
 
 _Pattern = Annotated[str, StringConstraints(min_length=1)]
 _Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -92,6 +97,13 @@ class TensorRule(Record):
     style: _Pattern
 
 
+class ReshardRule(Record):
+    """Units whose names match `pattern` (the empty one: the module as a whole) have their own `reshard_after_forward`."""
+
+    pattern: str
+    reshard: bool | int
+
+
 class Pipeline(Record):
     """How the layers are divided along the pipeline axis, and in which order micro-batches go through them.
 
@@ -109,8 +121,9 @@ class Sharding(Record):
     """Everything that is decided about how a module is divided.
 
     `units` are patterns of the names of modules that FSDP gathers one at a time; the module as a whole is one besides. `reshard`
-    is FSDP2's `reshard_after_forward`. Parameters are gathered in `compute_dtype` and gradients reduced in `reduce_dtype` (None:
-    as they are); with `offload` shards stay in host memory. `engine` says whose tensor parallelism the rules are for.
+    is FSDP2's `reshard_after_forward`, of units that none of `reshard_rules` matches. Parameters are gathered in `compute_dtype`
+    and gradients reduced in `reduce_dtype` (None: as they are); with `offload` shards stay in host memory. `engine` says whose
+    tensor parallelism the rules are for.
     `experts` are patterns of what the expert axis divides (`experts.py`). With `sequence_parallel`, norms and residuals between
     the layers that the tensor axis divides are divided along the sequence; with `loss_parallel` logits are along the vocabulary.
     """
@@ -127,6 +140,7 @@ class Sharding(Record):
     experts: tuple[_Pattern, ...] = ()
     sequence_parallel: bool = False
     loss_parallel: bool = False
+    reshard_rules: tuple[ReshardRule, ...] = ()
 
     @field_validator("compute_dtype", "reduce_dtype")
     @classmethod
@@ -184,6 +198,15 @@ class Sharding(Record):
             known["units", self.units] = sorted(names, key=lambda name: -name.count("."))
         return list(known["units", self.units])
 
+    def reshard_of(self, unit: str) -> bool | int:
+        """The `reshard_after_forward` of a unit, by its name; the first rule that matches wins."""
+        rule = self.reshard_rule(unit)
+        return self.reshard if rule is None else rule.reshard
+
+    def reshard_rule(self, unit: str) -> ReshardRule | None:
+        """The rule that decides about a unit."""
+        return next((rule for rule in self.reshard_rules if rule.pattern == unit or matches(rule.pattern, unit)), None)
+
     def cuts(self, graph: ParamGraph) -> dict[str, Cut]:
         """How the tensor axis divides each parameter that it divides, by the parameter's name, every one of a tied one's."""
         found: dict[str, Cut] = {}
@@ -217,7 +240,7 @@ def sharding(
     units: str | Sequence[str] = LAYERS,
     tensor: Mapping[str, str] | None = None,
     engine: Literal["torch", "transformers"] = "torch",
-    reshard: bool | int = True,
+    reshard: Reshard = True,
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     offload: bool = False,
@@ -236,12 +259,14 @@ def sharding(
     check_axes(axes)
     found = tuple(Axis(name=name, size=size) for name, size in axes.items())
     by_role = {axis.role: axis.size for axis in found}
+    default, rules = _resharding(reshard)
     made = Sharding(
         axes=found,
         units=_unit_patterns(units, graph, shards="shard" in by_role or "context" in by_role),
         tensor=tuple(TensorRule(pattern=pattern, style=style) for pattern, style in (tensor or {}).items()),
         engine=engine,
-        reshard=reshard,
+        reshard=default,
+        reshard_rules=rules,
         compute_dtype=_floating(compute_dtype),
         reduce_dtype=_floating(reduce_dtype),
         offload=offload,
@@ -262,6 +287,23 @@ def _unit_patterns(units: str | Sequence[str], graph: ParamGraph, shards: bool) 
     return tuple(repeated_layers(graph) if wanted == [LAYERS] else wanted)
 
 
+def _resharding(reshard: Reshard) -> tuple[bool | int, tuple[ReshardRule, ...]]:
+    """What holds for all units, `"*"` in a mapping, and the rules before it."""
+    if not isinstance(reshard, Mapping):
+        return reshard, ()
+    for pattern, after in reshard.items():
+        if not isinstance(pattern, str) or not isinstance(after, int):
+            raise DecisionError(
+                f"reshard={{{pattern!r}: {after!r}}} is no pattern of units with True, False or a number of ranks; say "
+                'reshard={"layers.0-3": False, "*": True}'
+            )
+    patterns = list(reshard)
+    if "*" in patterns[:-1]:
+        raise DecisionError(f'reshard={dict(reshard)!r}: "*" is every unit, so that nothing after it counts; put it last')
+    rules = (ReshardRule(pattern=pattern, reshard=after) for pattern, after in reshard.items() if pattern != "*")
+    return reshard.get("*", True), tuple(rules)
+
+
 def _floating(dtype: torch.dtype | None) -> str | None:
     """The name of a dtype that FSDP computes or reduces in."""
     if dtype is None:
@@ -277,13 +319,13 @@ def _floating(dtype: torch.dtype | None) -> str | None:
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern matches a name, component by component: `layers.*` is every layer, and nothing inside one.
 
-    None matches the module as a whole, whose name is empty.
+    `layers.0-15` are those with the numbers from 0 to 15. None matches the module as a whole, whose name is empty.
 
     >>> matches("layers.*.mlp", "layers.3.mlp"), matches("layers.*", "layers.3.mlp")
     (True, False)
     """
     parts, wanted = name.split("."), pattern.split(".")
-    return bool(name) and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    return bool(name) and len(parts) == len(wanted) and all(map(is_component, wanted, parts))
 
 
 def parameters_by_module(graph: ParamGraph) -> dict[str, list[str]]:

@@ -6,6 +6,9 @@ from typing import Any, Literal, get_args
 
 from ..tracer.errors import DecisionError, nearest
 
+Word = Literal["fits", "tight", "does not fit"]
+"""What a verdict says."""
+
 Tier = Literal["T0", "T1", "T2"]
 """T0: closed form. T1: the step, of training or serving, on fake tensors. T2: that, and the CUDA caching allocator's rules."""
 

@@ -21,12 +21,10 @@ from .changes import HOST
 from .cluster import Cluster
 from .overheads import CUBLAS_WORKSPACE_HOPPER, OVERHEADS
 from .replayed_run import replay_run
-from .tiers import Tier
+from .tiers import Tier, Word
 
 if TYPE_CHECKING:
     from .memory import Memory
-
-Word = Literal["fits", "tight", "does not fit"]
 
 MARGIN = 0.2
 """The share of everything that is added where nothing has been measured: fragmentation, rounding, temporaries inside ops."""

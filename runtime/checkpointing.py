@@ -1,48 +1,91 @@
-"""Activation checkpointing: layers that run again in the backward, instead of keeping what they computed."""
+"""Activation checkpointing: modules that run again in the backward, instead of keeping what they computed.
+
+A plan says which modules, each by its level (`checkpoint_by_plan`); a workload says it of every layer that repeats
+(`checkpoint_layers`), as the user's own script will do it.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..planner.checkpointing import levels_of
+from ..planner.decisions import Decisions
+from ..planner.placing import owners
 from ..planner.workload import Checkpointing
-from ..tracer.errors import DecisionError
+from ..tracer.collect import named_modules
+from ..tracer.errors import DecisionError, MaterializeError
+from ..tracer.graph import ParamGraph
+from .run_again import ForwardAgain, RunAgain, options_of, run_once
 
-aten = torch.ops.aten
+# -- what the plan says -------------------------------------------------------------------------------------------------
 
-KEPT = {
-    aten.mm.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    aten.abs.default,
-    aten.max.default,
-}
-"""The ops whose results selective checkpointing keeps, of `mm` every other one, the first included.
 
-torchtitan at the end of 2024 (torchtitan/parallelisms/parallelize_llama.py `_save_list`), with the CPU's attention beside CUDA's.
-Products with a bias are `addmm`, which is not on torchtitan's list, and run again.
-"""
+def checkpoint_by_plan(built: Any, decisions: Decisions, graph: ParamGraph) -> None:
+    """Have the modules of `built`, what the constructor returned, run again in the backward as the plan's rules say.
+
+    A layer of transformers that knows how does it itself, others have their forward wrapped: names, values and classes stay.
+    Raises `MaterializeError` for a module whose forward is compiled.
+    """
+    levels = levels_of(decisions.checkpointing, graph)
+    modules = dict(named_modules(built)) if levels else {}
+    for name, level in levels.items():
+        _checkpoint(name, modules[name], level)
+        _without_cache([modules[owner] for owner in owners(name) if owner in modules])
+
+
+def _checkpoint(name: str, layer: nn.Module, level: Checkpointing) -> None:
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise MaterializeError(
+            f"{name} is compiled by torch.jit.script, and its forward cannot run again in the backward; leave it out of "
+            "plan.checkpoint_activations, or name a module around it"
+        )
+    if _knows_how(layer):
+        known: Any = layer
+        known.gradient_checkpointing, known._gradient_checkpointing_func = True, RunAgain(level)
+    else:
+        _wrap(layer, level)
+
+
+def _wrap(layer: nn.Module, level: Checkpointing) -> None:
+    layer.__dict__["forward"] = ForwardAgain(layer, level)
+
+
+def _knows_how(layer: nn.Module) -> bool:
+    """Whether it is a layer of transformers that goes by its own flag, and function."""
+    known = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", None)
+    return known is not None and isinstance(layer, known)
+
+
+def _without_cache(around: list[nn.Module]) -> None:
+    """Have a transformers model around a layer make no cache of keys and values while it trains, as its own switch does.
+
+    Its own code looks at its flag for that (`merge_with_config_defaults`), and may hand its layers to its function.
+    """
+    model = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if model is None or not any(isinstance(each, model) for each in around):
+        return
+    for each in around:
+        if hasattr(each, "gradient_checkpointing") and not _knows_how(each):
+            owner: Any = each
+            owner.gradient_checkpointing, owner._gradient_checkpointing_func = True, run_once
+
+
+# -- what the workload says ---------------------------------------------------------------------------------------------
 
 
 def checkpoint_layers(module: Any, checkpointing: Checkpointing) -> None:
     """Have every layer that repeats keep its inputs alone, or by op (`selective`), and run again in the backward.
 
     A transformers model that knows how does it itself; of others, the members of one class in an `nn.ModuleList`,
-    `nn.ModuleDict` or `nn.Sequential` go through `torch.utils.checkpoint`. Raises `DecisionError` where nothing repeats.
+    `nn.ModuleDict` or `nn.Sequential` have their forward wrapped. Raises `DecisionError` where nothing repeats.
     """
-    options: dict[str, Any] = {"use_reentrant": False}
-    if checkpointing == "selective":
-        options["context_fn"] = selective_contexts
     if getattr(module, "supports_gradient_checkpointing", False):
-        _checkpoint_transformers(module, options)
+        _checkpoint_transformers(module, options_of(checkpointing))
         return
     layers = list(_repeated(module))
     if not layers:
@@ -50,7 +93,7 @@ def checkpoint_layers(module: Any, checkpointing: Checkpointing) -> None:
             f'checkpointing="{checkpointing}" goes by layers that repeat, and the module has none: say checkpointing="none"'
         )
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+        _wrap(layer, checkpointing)
 
 
 def _checkpoint_transformers(module: Any, options: dict[str, Any]) -> None:
@@ -73,22 +116,3 @@ def _repeated(module: nn.Module) -> Iterator[nn.Module]:
             yield from (each for each in members if classes.count(type(each)) > 1)
         else:
             yield from _repeated(child)
-
-
-# -- by op --------------------------------------------------------------------------------------------------------------
-
-
-def selective_contexts() -> Any:
-    """The two contexts of one layer's forward, and of its second one: `context_fn` of `torch.utils.checkpoint.checkpoint`.
-
-    Products are counted anew in each layer, and apart in each of the two, as torchtitan does.
-    """
-    products: dict[bool, int] = defaultdict(int)
-
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op is aten.mm.default:
-            products[context.is_recompute] += 1
-        kept = op in KEPT and not (op is aten.mm.default and products[context.is_recompute] % 2 == 0)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)

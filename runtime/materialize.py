@@ -5,7 +5,8 @@ The constructor runs a second time, for real. The steps of `materialize`:
 1. what cannot be built is refused before anything runs
 2. the random states are set: the seed's, or the user's own
 3. the constructor runs, guided by the tape; if it does something else than under trace, once more without shortcuts
-4. the plan's casts and moves are done on the finished module, then whatever still waits is filled
+4. the plan's casts and moves are done on the finished module, then whatever still waits is filled; modules that the plan
+   checkpoints are told so
 5. it is checked that nothing is left; on any failure the user's random states come back
 """
 
@@ -60,13 +61,23 @@ def materialize(
     check_rng(rng, build.graph)
     with one_at_a_time, restored_on_failure(), Workers(threads) as workers:
         if rng == "keyed":
-            return _run_keyed(build, decisions, drawn_seed() if seed is None else seed, workers, uninitialized, progress)
+            number = drawn_seed() if seed is None else seed
+            return _checkpointed(_run_keyed(build, decisions, number, workers, uninitialized, progress), build, decisions)
         if seed is not None:
             torch.manual_seed(seed)
         with _host_random_of(build.origin):
             build = build.under_current_state()
             check_uninitialized(build.graph, uninitialized)
-            return _run(build, decisions, EagerSource(Threaded(workers)), uninitialized == "zero", progress)
+            built = _run(build, decisions, EagerSource(Threaded(workers)), uninitialized == "zero", progress)
+            return _checkpointed(built, build, decisions)
+
+
+def _checkpointed(built: Any, build: Build, decisions: Decisions) -> Any:
+    if decisions.checkpointing:
+        from .checkpointing import checkpoint_by_plan
+
+        checkpoint_by_plan(built, decisions, build.graph)
+    return built
 
 
 def _run_keyed(

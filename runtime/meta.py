@@ -73,12 +73,18 @@ def check_not_quantized(module: nn.Module) -> None:
 def meta_module(build: Build, decisions: Decisions) -> Any:
     """What `build()` returns, with the casts of `decisions` done to it, made of meta tensors; a new one at each call.
 
+    What the plan checkpoints runs again in the backward already.
+
     The constructor runs once more, under trace. Raises `MaterializeError` where it does something else than before.
     """
     traced, built = traced_with_casts(build, decisions)
     _check_same(build, traced)
     _check_hooks(built)
     release(built)
+    if decisions.checkpointing:
+        from .checkpointing import checkpoint_by_plan
+
+        checkpoint_by_plan(built, decisions, build.graph)
     blueprint = Blueprint(traced, decisions)
     for name, module in named_modules(built):
         module.__dict__[_MEMORY] = Remembered(blueprint, name)

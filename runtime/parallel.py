@@ -153,4 +153,5 @@ def _shard_units(module: nn.Module, sharding: Sharding, graph: ParamGraph, mesh:
     for name in (*sharding.unit_names(graph), ""):
         unit = modules[name]
         if name == "" or any(True for _ in unit.parameters()):
-            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=sharding.reshard)
+            reshard = sharding.reshard_of(name)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)

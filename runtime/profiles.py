@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from ..planner.apart import told_apart
 from ..planner.decisions import Decisions
 from ..planner.exchanges import attention_output
 from ..planner.kept import kept_with
@@ -34,8 +35,8 @@ _KEPT = 64
 def profile_of(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
     """What forward and backward of the plan's module allocate, or why that cannot be known.
 
-    Plans that differ only in how many ranks share the parameters, in when FSDP gathers them, in the reduction's dtype, or in the
-    optimizer, have one profile.
+    Plans that differ only in how many ranks share the parameters, in when FSDP gathers them (as long as the same units do as the
+    same others), in the reduction's dtype, or in the optimizer, have one profile.
     """
     if decisions.placing is not None or decisions.quantizing:
         return NoProfile(f"the plan {'places tensors on several devices' if decisions.placing else 'quantizes'}")
@@ -55,7 +56,9 @@ def _key(build: Build, decisions: Decisions, training: Training) -> Any:
     sharding = decisions.sharding
     device = "cpu" if device_of(build, decisions) == "cpu" else "cuda"
     workload = (training.batch_size, training.seq_len, training.autocast, training.checkpointing, training.accumulate > 1)
-    return decisions.casts, device, _settings(), _divided(sharding), workload, _look(training.inputs), id(training.loss)
+    apart = tuple(told_apart(decisions, build.graph).items())
+    divided = _divided(sharding), apart
+    return decisions.casts, device, _settings(), divided, workload, _look(training.inputs), id(training.loss)
 
 
 def _settings() -> Any:
@@ -170,12 +173,12 @@ def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callab
 
 
 def _traced(build: Build, decisions: Decisions) -> Traced:
-    sharding, device = decisions.sharding, device_of(build, decisions)
+    sharding, device, apart = decisions.sharding, device_of(build, decisions), told_apart(decisions, build.graph)
     if sharding is None or not _is_watched(sharding):
-        return Traced(device)
+        return Traced(device, apart=apart)
     dtype = None if sharding.compute_dtype is None else dtype_named(sharding.compute_dtype)
     names = dict.fromkeys([*sharding.unit_names(build.graph), *staged_modules(sharding, build.graph), ""])
-    return Traced(device, tuple(names), dtype)
+    return Traced(device, tuple(names), dtype, apart=apart)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ Where layers cannot be skipped, all of this happens once more with every layer r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,13 +37,14 @@ _RUN = "run"
 class Traced:
     """What a plan's sharding changes for a trace: the device, the modules whose turns are marked, and the dtype they work in.
 
-    The trace goes on within what `around` gives.
+    The trace goes on within what `around` gives. Layers that differ in what `apart` says of their modules are not alike.
     """
 
     device: str
     units: tuple[str, ...] = ()
     compute_dtype: torch.dtype | None = None
     around: Callable[[Allocations], AbstractContextManager[None]] = lambda _: nullcontext()
+    apart: Mapping[str, Any] = field(default_factory=dict)
 
 
 def profile(
@@ -54,7 +55,7 @@ def profile(
     Raises what a run of the step raises.
     """
     module = made()
-    given, runs = inputs(module), runs_of(module)
+    given, runs = inputs(module), runs_of(module, traced.apart)
     if runs:
         try:
             return _run(module, given, training, traced, runs)

@@ -1,7 +1,7 @@
 """Layers that repeat, of which a trace runs the first three and the last: the others hand on what the first ones would.
 
-A *run* is a stretch of a list of layers that repeats every `period` layers: alike in class, tensors and settings. Its repeats are
-*rounds*. A layer of a round in the middle is not run: each tensor that it would give is taken from among its arguments, where the
+A *run* is a stretch of a list of layers that repeats every `period` layers: alike in class, tensors and settings, and in what the
+plan decides of them by themselves. Its repeats are *rounds*. A layer of a round in the middle is not run: each tensor that it would give is taken from among its arguments, where the
 next layer looks for it, so that the code around the layers goes on as before. What cannot be handed on in this way is found when
 it comes up (`CannotSkip`), and the trace begins again with every layer run.
 """
@@ -23,6 +23,7 @@ ROUNDS = 4
 
 _LONGEST_PERIOD = 8
 _CLOSURES = 4  # functions around functions that are looked into
+_NOTHING: Mapping[str, Any] = {}
 
 
 class CannotSkip(Exception):
@@ -47,19 +48,19 @@ class Run:
         return found if found < ROUNDS - 1 else ROUNDS - 1 if found == self.rounds - 1 else None
 
 
-def runs_of(module: nn.Module) -> list[Run]:
-    """The runs that are long enough for layers to be skipped, outermost first."""
+def runs_of(module: nn.Module, apart: Mapping[str, Any] = _NOTHING) -> list[Run]:
+    """The runs that are long enough for layers to be skipped, outermost first; `apart` tells modules apart by their names."""
     found: list[Run] = []
     lists = ((name, each) for name, each in module.named_modules() if isinstance(each, nn.ModuleList | nn.Sequential))
     for name, layers in lists:
         if not any(name.startswith(f"{layer}.") or name == layer for run in found for layer in run.layers):
-            found += _runs_in(name, [layer for layer in layers if layer is not None], list(layers._modules))
+            found += _runs_in(name, {key: layer for key, layer in layers._modules.items() if layer is not None}, apart)
     return found
 
 
-def _runs_in(name: str, layers: Sequence[nn.Module], keys: Sequence[str]) -> Iterator[Run]:
-    alike = _Alike(layers)
-    names = [f"{name}.{key}" if name else key for key in keys]
+def _runs_in(name: str, members: Mapping[str, nn.Module], apart: Mapping[str, Any]) -> Iterator[Run]:
+    layers, names = list(members.values()), [f"{name}.{key}" if name else key for key in members]
+    alike = _Alike(layers, names, apart)
     start = 0
     while start < len(layers):
         period, count = alike.longest_from(start)
@@ -73,8 +74,8 @@ def _runs_in(name: str, layers: Sequence[nn.Module], keys: Sequence[str]) -> Ite
 class _Alike:
     """Which layers of a list are alike."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._looks = [_look(layer) for layer in layers]
+    def __init__(self, layers: Sequence[nn.Module], names: Sequence[str], apart: Mapping[str, Any]) -> None:
+        self._looks = [_look(layer, name, apart) for layer, name in zip(layers, names, strict=True)]
 
     def longest_from(self, start: int) -> tuple[int, int]:
         """The period and the number of rounds, from `start` on, that cover most layers; the shortest such period."""
@@ -93,12 +94,12 @@ class _Alike:
         return first[0] == second[0] and all(map(lambda a, b: same_number(a, b, other - one), first[1], second[1]))
 
 
-def _look(layer: nn.Module) -> tuple[Any, list[Any]]:
+def _look(layer: nn.Module, name: str, apart: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     """What layers that are alike have in common, and numbers, which may count up."""
     fixed: list[Any] = []
     numbers: list[Any] = []
     for path, each in layer.named_modules():
-        fixed.append((path, type(each), each.training))
+        fixed.append((path, type(each), each.training, apart.get(f"{name}.{path}" if path else name)))
         places: tuple[Mapping[str, Any], ...] = (each._parameters, each._buffers)
         fixed += [(key, _tensor_look(value)) for place in places for key, value in place.items() if value is not None]
         for key, value in vars(each).items():

@@ -89,7 +89,7 @@ def test_so_it_is_in_two_hundred_configurations() -> None:
 def test_skipped_layers_take_what_they_take_when_they_run(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     training = gp.Training(inputs=inputs_of(model, 2, 16), checkpointing="none")
     skipping = profile_for(gp.trace(DEEP[model]), training)
-    monkeypatch.setattr(profiling, "runs_of", lambda module: [])
+    monkeypatch.setattr(profiling, "runs_of", lambda *_: [])
     running = profile_for(gp.trace(DEEP[model]), training)
     assert max(block.times for block in skipping.blocks) > 1 and max(block.times for block in running.blocks) == 1
     assert len(skipping.allocations) < len(running.allocations)
@@ -251,8 +251,8 @@ def test_extras_count_between_stretches() -> None:
     assert {each.kind: each.nbytes for each in held_at(profile, scripts, peak)} == {"communication buffer": 50, "temporary": 30}
 
 
-def unit(name: str, numel: int) -> Unit:
-    return Unit(name, (Part(f"{name}.weight".lstrip("."), numel, 4, 2),))
+def unit(name: str, numel: int, reshard: bool | int = True) -> Unit:
+    return Unit(name, (Part(f"{name}.weight".lstrip("."), numel, 4, 2),), reshard)
 
 
 def fsdp_step(reshard: bool | int = True, reduce_itemsize: int | None = 4, copies: int = 1) -> list[str]:
@@ -264,7 +264,7 @@ def fsdp_step(reshard: bool | int = True, reduce_itemsize: int | None = 4, copie
     gradient = Allocation("gradient", 800, "cuda:0", "a.weight")
     parts: list[Mark | Stretch] = [*turns[:6], stretch([Event(0, 1)], (gradient,)), *turns[6:]]
     profile = Profile((gradient,), (Block(1, tuple(parts)),), (), early=frozenset({"a"}))
-    fsdp = Fsdp({"": unit("", 10), "a": unit("a", 100)}, 4, reshard, reduce_itemsize, copies)
+    fsdp = Fsdp({"": unit("", 10, reshard), "a": unit("a", 100, reshard)}, 4, reduce_itemsize, copies)
     (script,) = with_fsdp(profile, fsdp)
     steps = [step for part in script.parts if not isinstance(part, Stretch) for step in part.steps]
     return [f"{step.count * step.nbytes:+}{step.kind[0]}" if isinstance(step, Extra) else f"{step.count}g" for step in steps]

@@ -13,7 +13,7 @@ from torch import nn
 
 import groundplan as gp
 from groundplan.planner.chain import chain_of
-from groundplan.planner.fit_serving import _ranges
+from groundplan.planner.placing import ranges as _ranges
 from groundplan.planner.partition import Partition, partition
 from groundplan.planner.placing import device_map
 

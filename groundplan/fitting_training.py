@@ -1,0 +1,263 @@
+"""Training fitted to a cluster: what the search may choose from, the search, its check by a run of the step, and its record.
+
+1. what is allowed is spelled out as layouts: meshes, precision, offload, micro-batches
+2. the closed form finds the best of them (`planner/fit_training.py`); offload only where nothing fits without
+3. the step of what was found is run on fake tensors (tier T1); where that takes more than the closed form says, 2. comes again
+   with so much less
+4. what was chosen and why is written down (`planner/fitted.py`)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .forecast import forecast
+from .planner.cluster import Cluster
+from .planner.decisions import Decisions
+from .planner.fit_training import LEVELS, Allowed, Found, Layout, Search, Short, Tried
+from .planner.fitted import Fitted, TrainingRecord
+from .planner.fitted_reasons import candidates, reasons
+from .planner.meshes import meshes
+from .planner.sharding import ROLES, sharding
+from .planner.speeds import Speeds
+from .planner.tiers import Tier
+from .planner.verdict import MARGIN, Verdict
+from .planner.workload import Checkpointing, Training, check_choice, check_count
+from .runtime.profiles import profile_of
+from .tracer.errors import DecisionError, FitError, MemoryRunError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+Dtypes = torch.dtype | Sequence[torch.dtype | None] | None
+_RECHECKS = 4
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the user allows the search; `Plan.fit` says what each means."""
+
+    axes: Mapping[str, int] | None = None
+    tensor: str | Mapping[str, str] | None = "auto"
+    offload: bool | None = None
+    checkpointing: Checkpointing | Sequence[Checkpointing] | None = None
+    dtype: Dtypes = None
+    compute_dtype: Dtypes = None
+    reduce_dtype: Dtypes = None
+    split_batch: bool = False
+    reserve: int = 0
+    margin: float | None = None
+    time_limit: float | None = None
+    tier: Tier = "T1"
+    speeds: Speeds | None = None
+
+    def __post_init__(self) -> None:
+        if self.tier not in ("T0", "T1"):
+            raise DecisionError(f'tier={self.tier!r}: a plan that fits is checked in closed form, "T0", or by a run, "T1"')
+        if not isinstance(self.reserve, int) or isinstance(self.reserve, bool) or self.reserve < 0:
+            raise DecisionError(f"reserve is {self.reserve!r}; it is a number of bytes to leave free on each device")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise DecisionError(f"time_limit is {self.time_limit!r}; it is a number of seconds")
+        for level in self.levels:
+            check_choice("checkpointing", level, LEVELS)
+
+    @property
+    def levels(self) -> tuple[Checkpointing, ...]:
+        """The levels of checkpointing that layers may have."""
+        if self.checkpointing is None:
+            return LEVELS
+        return (self.checkpointing,) if isinstance(self.checkpointing, str) else tuple(self.checkpointing)
+
+
+@dataclass(frozen=True)
+class FitTraining:
+    """A question to the search: which plan, for which cluster and workload, with which options."""
+
+    plan: Plan
+    cluster: Cluster
+    workload: Training
+    options: TrainingOptions
+    started: float = field(default_factory=time.monotonic)
+    short: list[Short] = field(default_factory=list)  # layouts in which nothing fits, of searches that found nothing
+
+    def decisions(self) -> Decisions:
+        """What is decided; raises `FitError` where nothing fits, with what would."""
+        found = self.found()
+        if found is None:
+            from .relaxing import nothing_fits
+
+            raise FitError(nothing_fits(self))
+        best, tier, verdict = found.checked
+        with_earlier = replace(found.found, short=(*self.short, *found.found.short))
+        record = Fitted(
+            cluster=str(self.cluster),
+            workload=TrainingRecord.of(best.layout.workload),
+            verdict=verdict.verdict,
+            tier=tier,
+            peak=best.memory.peak,
+            binding=verdict.binding.describe(),
+            seconds=best.time.total,
+            samples=best.layout.samples,
+            reasons=tuple(reasons(best, with_earlier, found.search)),
+            candidates=tuple(candidates(best, with_earlier)),
+            proven=found.found.proven,
+        )
+        return best.decisions.model_copy(update={"fitted": record})
+
+    def found(self) -> Checked | None:
+        """What fits: with the whole margin, or else "tight"; without offload, or else with it."""
+        for free in dict.fromkeys([self.margin, 0.0]):
+            for offload in self._offloads():
+                if (found := self.checked(self.layouts(offload), free)) is not None:
+                    return found
+        return None
+
+    @property
+    def margin(self) -> float:
+        """The share of what is needed that "fits" leaves free."""
+        return MARGIN if self.options.margin is None else self.options.margin
+
+    def _offloads(self) -> list[bool]:
+        if self.options.offload is not None:
+            return [self.options.offload]
+        return [False, True] if self.cluster.host_memory is not None and self.cluster.devices else [False]
+
+    # -- the search -----------------------------------------------------------------------------------------------------
+
+    def search(self, free: float, reserve: int = 0) -> Search:
+        """The search, with that share and so many bytes left free."""
+        limit = self.options.time_limit
+        levels = self.options.levels if self.workload.checkpointing == "none" else (self.workload.checkpointing,)
+        allowed = Allowed(
+            levels=levels,
+            margin=self.margin,
+            free=free,
+            reserve=self.options.reserve + reserve,
+            deadline=None if limit is None else self.started + limit,
+        )
+        speeds = self.options.speeds or Speeds.of(self.cluster)
+        return Search(self.plan.graph, self.cluster, speeds, self._profile_of, allowed)
+
+    def _profile_of(self, decisions: Decisions, workload: Training) -> Any:
+        return profile_of(self.plan._bound, decisions, workload)
+
+    def checked(self, layouts: Sequence[Layout], free: float) -> Checked | None:
+        """The best layout, held against the cluster by a run of its step."""
+        reserve = 0
+        for _ in range(_RECHECKS):
+            search = self.search(free, reserve)
+            found = search.over(layouts)
+            if not found.tried:
+                self.short.extend(found.short)
+                return None
+            best = search.simplified(found.tried[0])
+            if self.options.tier == "T0":
+                return Checked(search, found, (best, "T0", best.verdict))
+            tier, verdict = self._run(best)
+            missing = self.search(free).missing(verdict)
+            if missing <= 0:
+                return Checked(search, found, (best, tier, verdict))
+            reserve += missing
+        return None
+
+    def _run(self, best: Tried) -> tuple[str, Verdict]:
+        """The verdict on a run of the step; the closed form's where it cannot be run without values."""
+        try:
+            memory = forecast(self.plan._bound, best.decisions, best.layout.workload, "T1", None, self.cluster)
+        except MemoryRunError:
+            return "T0", best.verdict
+        return "T1", memory.fits(self.cluster, self.margin)
+
+    # -- layouts --------------------------------------------------------------------------------------------------------
+
+    def layouts(self, offload: bool) -> list[Layout]:
+        """Every layout that is allowed, offloaded or not."""
+        rules = self._tensor_rules()
+        sizes = [size for size in range(1, max(len(self.cluster.devices), self.cluster.ranks) + 1) if size == 1 or rules]
+        return [
+            Layout(axes, decided, workload)
+            for decisions in self._stored()
+            for workload in self._workloads()
+            for compute in _several(self.options.compute_dtype)
+            for reduce in _several(self.options.reduce_dtype)
+            for axes in meshes(self.cluster, sizes, self.options.axes, sharded=offload or compute is not None)
+            if (decided := self._sharded(decisions, axes, rules, offload, compute, reduce)) is not None
+        ]
+
+    def _stored(self) -> Iterator[Decisions]:
+        decisions = self.plan.decisions
+        for dtype in _several(self.options.dtype):
+            found = decisions if dtype is None else decisions.cast(dtype, self.plan.graph)
+            yield found.to("cuda") if self.cluster.devices else found
+
+    def _workloads(self) -> Iterator[Training]:
+        """The batch as it is, and in as many micro-batches as divide it."""
+        workload = replace(self.workload, checkpointing="none")
+        size = workload.batch_size
+        for parts in range(1, size + 1 if self.options.split_batch else 2):
+            if size % parts == 0:
+                yield replace(workload, batch_size=size // parts, accumulate=workload.accumulate * parts)
+
+    def _tensor_rules(self) -> tuple[Mapping[str, str], Literal["torch", "transformers"]] | None:
+        """The rules for the tensor axis: the user's, the model's own, or inferred ones."""
+        tensor = self.options.tensor
+        if tensor is None:
+            return None
+        if not isinstance(tensor, str):
+            return tensor, "torch"
+        try:
+            return self.plan._own_rules(tensor), "transformers"
+        except DecisionError:
+            return None
+
+    def _sharded(
+        self,
+        decisions: Decisions,
+        axes: Mapping[str, int],
+        rules: tuple[Mapping[str, str], Literal["torch", "transformers"]] | None,
+        offload: bool,
+        compute: torch.dtype | None,
+        reduce: torch.dtype | None,
+    ) -> Decisions | None:
+        """A layout's decisions; None where the model cannot be divided so."""
+        if not axes:
+            return decisions
+        divided = any(ROLES[name] == "tensor" for name in axes)
+        try:
+            made = sharding(
+                axes,
+                self.plan.graph,
+                tensor=rules[0] if divided and rules is not None else None,
+                engine=rules[1] if divided and rules is not None else "torch",
+                compute_dtype=compute,
+                reduce_dtype=reduce,
+                offload=offload,
+            )
+        except DecisionError:
+            if not divided:
+                raise
+            return None
+        return decisions.shard(made)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found, and of the best the tier and the verdict that it was checked by."""
+
+    search: Search
+    found: Found
+    checked: tuple[Tried, str, Verdict]
+
+
+def _several(dtypes: Dtypes) -> list[torch.dtype | None]:
+    return [dtypes] if dtypes is None or isinstance(dtypes, torch.dtype) else list(dtypes)
+
+
+def check_training(workload: Training) -> None:
+    """Raise `DecisionError` for a workload that says nothing of its size."""
+    check_count("batch_size", workload.batch_size)
