@@ -98,7 +98,8 @@ class Plan:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
         With a `workload` the memory is that of training or serving, with a `cluster` it says as well whether that fits
-        (`Memory.fits`), and with both how long a step of training takes (`step_time`). `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
+        (`Memory.fits`), and with both how long a step of training takes (`step_time`). `tier` and `allocator` are as in `memory`,
+        and raise the same; `calibration` is as in `Memory.fits`.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear

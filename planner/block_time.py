@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from .fsdp_form import Fsdp, Part, Unit
 from .profile import Block, Mark, Profile, Stretch
 from .sharding import Role, Sharding
 from .speeds import Speeds
+from .work import Collective
 from .work_time import ALONE, Group, computing, talking
 
 BUCKET = 25 * 2**20
@@ -102,7 +104,7 @@ def block_time(block: Block, profile: Profile, talking_to: Talking, speeds: Spee
 class _Sent:
     """Something on its way beside the computation, in `pieces`; `copied` bytes are read and written on the device for it."""
 
-    kind: str
+    kind: Collective | Literal["transfer"]
     nbytes: float
     group: Group
     copied: float = 0.0
@@ -112,9 +114,7 @@ class _Sent:
 def _seconds(sent: _Sent, speeds: Speeds) -> float:
     if sent.kind == "transfer":
         return sent.nbytes / (speeds.host or speeds.memory.at(sent.nbytes))
-    kind = sent.kind
-    assert kind == "all-gather" or kind == "reduce-scatter" or kind == "all-reduce"
-    return sent.pieces * talking(kind, sent.nbytes / sent.pieces, sent.group, speeds)
+    return sent.pieces * talking(sent.kind, sent.nbytes / sent.pieces, sent.group, speeds)
 
 
 def _sent(block: Block, profile: Profile, talking_to: Talking) -> Iterator[_Sent]:
@@ -143,20 +143,14 @@ def _at_mark(mark: Mark, unit: Unit, profile: Profile, talking_to: Talking, fsdp
     """The turns of `fsdp_form.py`, where parameters are gathered and gradients reduced."""
     if mark.turn == "forward":
         yield from gathered(unit, talking_to.shard, fsdp)
-    elif mark.turn == "backward" and reshards(fsdp, unit) is not False:
-        rest = reshards(fsdp, unit)
-        group = talking_to.shard if isinstance(rest, bool) else Group(rest, talking_to.shard.stride)
+    elif mark.turn == "backward" and unit.reshard is not False:
+        group = talking_to.shard if unit.reshard is True else Group(unit.reshard, talking_to.shard.stride)
         yield from gathered(unit, group, fsdp)
     elif mark.turn == "backward ends" and unit.name in profile.early:
         yield from reduced(unit, talking_to, fsdp)
     if mark.turn == "backward ends" and unit.name == "":
         for late, times in _late(profile, fsdp):
             yield from reduced(late, talking_to, fsdp, times)
-
-
-def reshards(fsdp: Fsdp, unit: Unit) -> bool | int:
-    """Whether a unit's parameters are freed after its forward, or between how many ranks they stay divided."""
-    return unit.reshard
 
 
 def gathered(unit: Unit, group: Group, fsdp: Fsdp) -> Iterator[_Sent]:

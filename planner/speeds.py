@@ -59,7 +59,8 @@ class Rate(Record):
             return self.points[max(place - 1, 0)][1]
         (low, slow), (high, fast) = self.points[place - 1 : place + 1]
         share = math.log(size / low) / math.log(high / low)
-        return slow * (fast / slow) ** share
+        between: float = slow * (fast / slow) ** share
+        return between
 
     def seconds(self, size: float) -> float:
         """How long it takes to do so much at once."""

@@ -162,7 +162,7 @@ def _attention(clock: _Clock, dtype: torch.dtype) -> Iterator[tuple[float, float
         flops = (sdpa_flop_count(shape, shape, shape) + sdpa_backward_flop_count(shape, shape, shape, shape)) / 2
 
         def both(heads: list[torch.Tensor] = heads) -> None:
-            out = F.scaled_dot_product_attention(*heads, is_causal=True)
+            out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
             torch.autograd.grad(out, heads, out.detach())
 
         yield flops / 2, flops / clock.seconds(both)

@@ -305,7 +305,8 @@ def test_a_further_layout_looks_at_no_op_again(monkeypatch: pytest.MonkeyPatch) 
     first = step_time(profile, plan.decisions.sharding, fsdp, parameters, workload, FAST)
     monkeypatch.setattr(work_time, "_seconds", None)
     assert step_time(profile, plan.decisions.sharding, fsdp, parameters, workload, FAST) == first
-    more = step_time(profile, plan.decisions.sharding, replace(fsdp, reshard=False), parameters, workload, FAST)
+    kept = replace(fsdp, units={name: replace(unit, reshard=False) for name, unit in fsdp.units.items()})
+    more = step_time(profile, plan.decisions.sharding, kept, parameters, workload, FAST)
     assert more.total < first.total
 
 
