@@ -97,6 +97,43 @@ def layouts(seed: int, count: int) -> dict[int, list[Layout]]:
     return found
 
 
+# -- published runs -----------------------------------------------------------------------------------------------------
+
+LLAMAS = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+PUBLISHED: tuple[tuple[str, str, int, Any, int], ...] = (
+    ("8B", "8xH100-96GB", 2, "selective", 5762),
+    ("8B", "128xH100-96GB", 2, "selective", 5605),
+    ("8B", "64xA100-80GB", 1, "selective", 2973),
+    ("70B", "64xA100-80GB", 1, "full", 331),
+)
+"""Tokens a second and GPU of Llama 3 under FSDP2 alone, in bfloat16, without torch.compile, 8,192 tokens: torchtitan's
+benchmarks/llama3_h100_202412_torchtitan.md (tables 1 and 3) and, on A100, its docs/performance.md of 2024."""
+
+
+def published() -> Iterator[dict[str, Any]]:
+    """Predicted beside published throughput, by the catalog's speeds."""
+    for name, cluster, batch, checkpointing, tokens in PUBLISHED:
+        config = transformers.LlamaConfig(vocab_size=128256, num_key_value_heads=8, **LLAMAS[name])
+        plan = gp.trace(transformers.LlamaForCausalLM, config).to("cuda")
+        plan = plan.shard({"dp": gp.Cluster.parse(cluster).ranks}, compute_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        training = gp.Training("adamw", batch_size=batch, seq_len=8192, checkpointing=checkpointing, clip_grad_norm=1.0)
+        found = plan.step_time(training, cluster)
+        predicted = batch * 8192 / found.total
+        yield {
+            "Llama 3": name,
+            "cluster": cluster,
+            "batch": batch,
+            "checkpointing": checkpointing,
+            "predicted": round(predicted),
+            "published": tokens,
+            "off": f"{100 * (predicted / tokens - 1):+.0f} %",
+            "of which": str(found).partition(": ")[2],
+        }
+
+
 # -- one rank -----------------------------------------------------------------------------------------------------------
 
 
@@ -208,10 +245,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12, help="layouts, as many for each of 1, 2 and 4 ranks")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of each layout in a round")
+    parser.add_argument("--published", action="store_true", help="compare with published throughput, and measure nothing")
     options = parser.parse_args()
     from common import print_table
 
     with quiet():
+        if options.published:
+            rows = list(published())
+            print_table(rows, markdown=True)
+            print(json.dumps({"benchmark": "step_times --published", "torch": torch.__version__, "rows": rows}))
+            return
         given = (options.seed, options.count, options.rounds, options.steps)
         rows = [row for world in WORLDS for row in rows_of(world, *given)]
     print_table(rows, markdown=True)

@@ -199,6 +199,21 @@ def test_a_step_is_the_sum_of_its_blocks_and_the_edges(axes: dict[str, int]) -> 
     assert 0 < found.hidden < hidden
 
 
+@settings(max_examples=30, deadline=None)
+@given(_SIZES, _BANDWIDTHS, _OVERLAPS)
+def test_no_more_is_hidden_than_there_is_of_either(ranks: int, bandwidth: float, overlap: float) -> None:
+    speeds = FAST.model_copy(update={"within": Link(bandwidth=bandwidth), "between": None, "overlap": overlap})
+    for _, time in blocks_of(llama().shard({"dp": ranks}), training(), speeds):
+        computed, sent = time.compute + time.again + time.copies, sum(time.beside.values())
+        assert 0 <= time.hidden <= min(computed, sent) and time.seconds >= max(computed, sent)
+
+
+def test_ddp_waits_once_for_each_bucket() -> None:
+    wide = gp.trace(nn.Linear, 4096, 4096).to("cuda").shard({"ddp": 2})  # 64 MiB of gradients
+    speeds = FAST.model_copy(update={"within": Link(bandwidth=1e18, latency=1.0)})
+    assert beside(wide, "all-reduce", speeds, seq_len=None) == pytest.approx(weights(wide) / (25 * 2**20))
+
+
 # -- links --------------------------------------------------------------------------------------------------------------
 
 
