@@ -99,7 +99,8 @@ class Plan:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
         With a `workload` the memory is that of training or serving, with a `cluster` it says as well whether that fits
-        (`Memory.fits`). `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
+        (`Memory.fits`), and with both how long a step of training takes (`step_time`). `tier` and `allocator` are as in `memory`,
+        and raise the same; `calibration` is as in `Memory.fits`.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
@@ -110,9 +111,8 @@ class Plan:
         if calibration is not None and cluster is None:
             raise DecisionError("calibration= is for saying whether it fits; say what: report(cluster=..., calibration=...)")
         found = self.memory(workload, tier=tier, allocator=allocator, cluster=cluster)
-        return Report(
-            self.graph, self.decisions, found, None if cluster is None else found.fits(cluster, calibration=calibration)
-        )
+        verdict = None if cluster is None else found.fits(cluster, calibration=calibration)
+        return Report(self.graph, self.decisions, found, verdict, self._time(workload, cluster))
 
     def explain(self, name: str | None = None) -> Explanation:
         """One tensor's recipe with its source lines; without a name, every decision with its reason.
@@ -177,10 +177,10 @@ class Plan:
         is said by a `cluster`, from its devices' datasheets and published shares of their peaks, or by `speeds`, as
         `gp.measure_speeds()` measures them on a machine, which goes before. What FSDP2 gathers and reduces, and DDP's buckets, go
         on beside the computation; collectives of tensor parallelism are waited for. Times are good for comparing plans: a
-        published step of Llama 3.1 8B on 8 H100 takes as long as is said here within a third (docs/decisions/027).
+        published step of Llama 3.1 8B on 8 H100 takes a quarter longer than is said here (docs/decisions/027).
 
-        Raises `DecisionError` without a cluster or speeds, for a cluster with fewer devices than the plan has ranks, for a plan of
-        the CPU on devices of CUDA or the other way round, for axes other than replicate, shard and tensor ones, and where
+        Raises `DecisionError` without a cluster or speeds, for a cluster with fewer devices than the plan has ranks, for a plan
+        of the CPU on devices of CUDA or the other way round, for axes other than replicate, shard and tensor ones, and where
         forward and backward cannot be traced.
 
         >>> plan = trace(torch.nn.Linear, 4096, 4096).to("cuda")
@@ -681,6 +681,15 @@ class Plan:
         from .verification import verified
 
         return verified(self, workload, steps, seed, checkpoint, saving, keep, mesh, timeout)
+
+    def _time(self, workload: Workload | None, cluster: Cluster | str | None) -> StepTime | str | None:
+        """How long a step takes, or why that is not known; None where nobody asks."""
+        if cluster is None or not isinstance(workload, Training):
+            return None
+        try:
+            return self.step_time(workload, cluster)
+        except DecisionError as error:
+            return str(error)
 
     def _workload_of(self, workload: Workload | None) -> Workload | None:
         """The one that is asked about, or else the one that the plan was fitted to."""

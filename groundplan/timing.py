@@ -48,3 +48,21 @@ def _speeds(build: Build, decisions: Decisions, cluster: Cluster | str | None, s
     if not on_cpu and not machine.devices:
         raise DecisionError(f'the plan is for CUDA, and {machine} has no devices; say plan.to("cpu") first')
     return speeds or Speeds.of(machine)
+
+
+def measure_speeds(device: str | None = None) -> Speeds:
+    """Measure this machine for `plan.step_time(workload, speeds=...)`: some seconds on every rank.
+
+    With a process group (`torchrun`) every rank makes the same call, and all of them get the same figures, which hold for as many
+    ranks: of each collective, too. Without one it is this process alone. `device` is `"cuda"` or `"cpu"`; None is CUDA, where
+    there is one. Nothing else should run meanwhile but what runs in training. Random generators are left alone.
+
+    Raises `DecisionError` for another device.
+
+    >>> speeds = measure_speeds("cpu")
+    >>> speeds.flops_of("float32").at(1e6) > 0
+    True
+    """
+    from .runtime.measured_speeds import measure_speeds as measured
+
+    return measured(device)

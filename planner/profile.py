@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Literal
 
 from .allocations import Allocation
-from .work import Exchange, Op, Work, work_of
+from .work import NOTHING, Exchange, Op, Work, work_of
 
 Turn = Literal["forward", "forward ends", "backward", "backward ends"]
 
@@ -54,7 +54,7 @@ class Stretch:
     events: tuple[Event, ...]
     fresh: Sums
     added: Sums
-    work: Work = Work()
+    work: Work = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
