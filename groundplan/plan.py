@@ -15,8 +15,8 @@ from .forecast import Workload, forecast
 from .planner.allocator_config import AllocatorConfig
 from .planner.calibration import Calibration
 from .planner.check import check_decisions
-from .planner.checkpointing import checkpoint_rules
 from .planner.check_sharding import check_axes
+from .planner.checkpointing import checkpoint_rules
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
 from .planner.inference import Inference
@@ -385,7 +385,7 @@ class Plan:
         where that takes more. `materialize` carries the plan out, and `explain` says why it is as it is.
 
         The rest is for what you want to decide yourself. `axes` gives sizes of axes: `{"tp": 8}`. `tensor` is as in `shard`, None
-        forbids a tensor axis; `"auto"` is a transformers model's own plan, or one that is inferred. `offload` True or False forces
+        forbids a tensor axis; `"auto"` is a transformers model's own plan, or else one that is inferred. `offload` True or False forces
         or forbids that shards and optimizer state live in host memory; None takes it where nothing fits otherwise and the cluster
         says how much host memory there is. `checkpointing` is the levels that are allowed, all three if None, as is
         `Training(checkpointing=...)` unless it is `"none"`. `dtype` is what weights may be cast to, `compute_dtype` and
