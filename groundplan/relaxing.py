@@ -1,4 +1,4 @@
-"""What to say where no plan for training fits: the phase and the tensors that are in the way, and changes that would do, each tried."""
+"""What to say where no plan for training fits: which phase and tensors are in the way, and what would do, each change tried."""
 
 from __future__ import annotations
 

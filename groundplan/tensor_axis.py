@@ -1,4 +1,4 @@
-"""Which rules a search divides layers by along a tensor axis: the user's, the model's own, or inferred ones; and between how many ranks."""
+"""The rules that a search divides layers by along a tensor axis, and between how many ranks: the user's, the model's, or inferred."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Engine = Literal["torch", "transformers"]
 
 @dataclass(frozen=True)
 class TensorAxis:
-    """A tensor axis as the user wishes it: rules, `"auto"`, `"infer"`, or None for no such axis. `Plan.shard` says what each means.
+    """A tensor axis as the user wishes it: rules, `"auto"`, `"infer"`, or None for no such axis.
 
-    Here `"auto"` infers rules where the model brings none.
+    `Plan.shard` says what each means; here `"auto"` infers rules where the model brings none.
     """
 
     plan: Plan
