@@ -22,9 +22,6 @@ def not_profiled(sharding: Sharding, training: Training) -> str | None:
     if parts > 1 and (training.inputs is not None or training.seq_len is None or training.seq_len % parts):
         what = f"seq_len={training.seq_len}" if training.inputs is None else "inputs="
         return f"{what} does not divide into {parts} parts of the sequence; give a multiple as seq_len, and no inputs"
-    given = [name for name in ("sequence_parallel", "loss_parallel") if getattr(sharding, name)]
-    if given:
-        return f"{given[0]} is not carried out, so that it cannot be traced (planner/exchanges.py has its formula)"
     if pipeline is not None and training.accumulate > 1:
         return "a pipeline accumulates over its micro-batches; leave accumulate out"
     if pipeline is not None and training.inputs is None and training.batch_size % pipeline.microbatches:

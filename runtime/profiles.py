@@ -74,7 +74,8 @@ def _divided(sharding: Sharding | None) -> Any:
     """What of a sharding changes what the module's own code does."""
     if sharding is None:
         return None
-    tensor = (sharding.axis("tensor"), sharding.tensor, sharding.engine) if sharding.size("tensor") > 1 else None
+    between = (sharding.sequence_parallel, sharding.loss_parallel)
+    tensor = (sharding.axis("tensor"), sharding.tensor, sharding.engine, between) if sharding.size("tensor") > 1 else None
     return (
         tensor,
         sharding.pipeline,
@@ -151,18 +152,20 @@ def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callab
     from .fake_ranks import propagation_apart
     from .fake_world import fake_world
     from .gloo_scratch import gloo_scratch_bytes
-    from .parallel import apply_sharding, mesh_of
+    from .parallel import mesh_of
+    from .tensor_axis import between_layers, divide_layers
 
     alone = sharding.model_copy(update={"axes": (axis,), "pipeline": None})
 
     def made() -> nn.Module:
         module = step_module(build, decisions)
-        return apply_sharding(module, alone, build.graph, mesh_of(alone, "cpu"))
+        divide_layers(module, alone, build.graph, mesh_of(alone, "cpu"))
+        return module
 
     @contextmanager
     def around(found: Allocations) -> Iterator[None]:
         found.collective_scratch = gloo_scratch_bytes
-        with propagation_apart():
+        with propagation_apart(), between_layers(alone, mesh_of(alone, "cpu")):
             yield
 
     with fake_world(axis.size, 0):
