@@ -58,6 +58,16 @@ def _experts_under(name: str, graph: ParamGraph) -> dict[str, Expert]:
     return dict.fromkeys(inner, Expert(counts.pop()))
 
 
+def expert_modules(patterns: Sequence[str], graph: ParamGraph) -> list[str]:
+    """The modules that hold the experts and are called: what FSDP gathers by itself, as it lies between other ranks than the rest."""
+    modules, parameters, lists = {module.name for module in graph.modules}, _parameters(graph), _lists(graph)
+    found: dict[str, None] = {}
+    for name in (*modules, *parameters):
+        if any(matches(pattern, name) for pattern in patterns):
+            found |= dict.fromkeys(lists.get(name, [name if name in modules else name.rpartition(".")[0]]))
+    return list(found)
+
+
 def _stacked(name: str, tensor: TensorNode) -> int:
     if len(tensor.shape) < 2:
         raise DecisionError(f"{name} has the shape {list(tensor.shape)}, so that it does not hold experts along dim 0")

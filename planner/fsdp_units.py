@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..tracer.graph import ParamGraph
 from .changes import HOST
 from .decisions import Decisions
+from .experts import expert_modules
 from .fsdp_form import Fsdp, Part, Unit
 from .records import dtype_named
 from .sharding import Sharding
@@ -25,12 +26,20 @@ def fsdp_of(graph: ParamGraph, decisions: Decisions, held: Sequence[Held], devic
     return Fsdp(
         units=_units(graph, sharding, held),
         ranks=sharding.shard_ranks,
+        apart=_apart(graph, sharding),
         reshard=_reshard(sharding),
         reduce_itemsize=None if reduced is None else dtype_named(reduced).itemsize,
         copies=sharding.size("replicate"),
         offload=sharding.offload and device != HOST,
         on_cpu=device == HOST,
     )
+
+
+def _apart(graph: ParamGraph, sharding: Sharding) -> dict[str, int]:
+    """Between how many ranks FSDP divides the units that hold experts."""
+    if sharding.size("expert") == 1:
+        return {}
+    return dict.fromkeys(expert_modules(sharding.experts, graph), sharding.expert_shard_ranks)
 
 
 def _reshard(sharding: Sharding) -> bool | int:

@@ -53,7 +53,7 @@ def _buffers(pipeline: Pipeline, own: Sequence[int], passed: int, device: str) -
 def _whole(fsdp: Fsdp) -> int:
     parts = [part for unit in fsdp.units.values() for part in unit.parts]
     gathered = max((part.gathered_itemsize for part in parts), default=4)
-    units = [fsdp.ranks * sum(part.numel for part in unit.parts) for unit in fsdp.units.values()]
+    units = [fsdp.ranks_of(unit) * sum(part.numel for part in unit.parts) for unit in fsdp.units.values()]
     return fsdp_in_pipeline(units, gathered, fsdp.reduce_itemsize or gathered)
 
 

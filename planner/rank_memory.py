@@ -18,6 +18,7 @@ from .activity import inputs, reached, trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .exchanges import attention_output, ring_attention
+from .expert_profile import on_rank
 from .fsdp_form import Fsdp
 from .fsdp_units import fsdp_of
 from .kept import kept_with
@@ -78,6 +79,8 @@ def rank_timelines(
         stepped = _stepped(held, graph, decisions, workload)
         buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
         device = computing_device(graph, decisions)
+        if profile is not None:
+            profile = on_rank(profile, decisions.sharding, graph, {name for each in held for name in each.tensor.names})
         fsdp = None if profile is None else fsdp_of(graph, decisions, held, device)
         weights_then = [*padded, *buckets]
         if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:

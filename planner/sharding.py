@@ -176,13 +176,20 @@ class Sharding(Record):
         return dense if expert is None else f"{dense}, {expert.name}={expert.size} within"
 
     def unit_names(self, graph: ParamGraph) -> list[str]:
-        """The modules that are units, inner ones first; the module as a whole, which is one too, is not named."""
-        known = kept_with(graph)
-        if ("units", self.units) not in known:
+        """The modules that are units, inner ones first; the module as a whole, which is one too, is not named.
+
+        Those that hold experts are, where there is an expert axis: their parameters lie between other ranks than the rest.
+        """
+        known, apart = kept_with(graph), self.experts if self.shards and self.size("expert") > 1 else ()
+        key = ("units", self.units, apart)
+        if key not in known:
+            from .experts import expert_modules
+
+            experts = set(expert_modules(apart, graph))
             named = [module.name for module in graph.modules if module.name]
-            names = [name for name in named if any(matches(pattern, name) for pattern in self.units)]
-            known["units", self.units] = sorted(names, key=lambda name: -name.count("."))
-        return list(known["units", self.units])
+            names = [name for name in named if name in experts or any(matches(pattern, name) for pattern in self.units)]
+            known[key] = sorted(names, key=lambda name: -name.count("."))
+        return list(known[key])
 
     def cuts(self, graph: ParamGraph) -> dict[str, Cut]:
         """How the tensor axis divides each parameter that it divides, by the parameter's name, every one of a tied one's."""

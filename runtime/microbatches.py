@@ -17,8 +17,6 @@ from ..tracer.graph import ParamGraph
 def not_profiled(sharding: Sharding, training: Training) -> str | None:
     """Why activations cannot be known under a sharding; None where they can."""
     pipeline, parts = sharding.pipeline, sharding.size("context")
-    if sharding.axis("expert") is not None:
-        return "which tokens go to which experts is known to the step alone"
     if parts > 1 and (training.inputs is not None or training.seq_len is None or training.seq_len % parts):
         what = f"seq_len={training.seq_len}" if training.inputs is None else "inputs="
         return f"{what} does not divide into {parts} parts of the sequence; give a multiple as seq_len, and no inputs"
