@@ -74,9 +74,6 @@ class Allocations(TorchDispatchMode):
     collective_scratch: Callable[[Any, Any, Any], int] | None = None
     """The bytes that a collective takes on the CPU beside its results; None where there is only one process."""
 
-    shared_between: Callable[[torch.Tensor, str], int] | None = None
-    """Between how many ranks what an op has made in a module is shared; None where every tensor is what this rank has."""
-
     skips_waiting = True
     """Whether there is nothing to wait for after a collective, as in a run on fake tensors."""
 
@@ -220,9 +217,7 @@ class Allocations(TorchDispatchMode):
         for each in _tensors(out):
             storage = each.untyped_storage()
             if storage._cdata not in self._living:
-                index = self._born(storage, str(func.overloadpacket).removeprefix("aten."), *place)
-                if self.shared_between is not None:
-                    self._pieces[index].nbytes //= self.shared_between(each, place[0])
+                self._born(storage, str(func.overloadpacket).removeprefix("aten."), *place)
         if self._on_cpu or self._on_host:
             self._take_scratch(func, args, kwargs or {}, out, node, place)
         else:

@@ -1,9 +1,9 @@
 """What an expert axis makes of a layer's experts in a trace: a rank has a part of them, and rows of tokens go to them and back.
 
 Tokens are taken to be spread evenly. Then the experts of a rank work on as many rows as its own tokens make, from all ranks
-instead of from one, so that the trace runs all experts on a rank's own tokens, and
+instead of from one, so that they are traced on a rank's own tokens, and
 
-1. what has the shape of a stack of experts' weights (their gradients, and what is made of them) counts for the rank's part of it
+1. stacked experts are as many as a rank has
 2. before and after the experts, in the forward and in the backward, there are the buffers of an exchange (`expert_exchange`)
 3. along a tensor axis, whose ranks the expert axis takes, each rank sends a part of the tokens that all of them have
    (torchtitan's `ReordererSequenceParallel`)
@@ -13,7 +13,7 @@ Gradients of experts in a list, which are whole on one rank each, are those of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,11 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..planner.exchanges import expert_exchange
 from ..planner.experts import expert_modules, experts_of
+from ..planner.placing import owners
 from ..planner.sharding import Sharding
 from ..tracer.graph import ParamGraph
 from .allocations import Allocations, Origin
-
-_Shape = tuple[int, ...]
 
 
 class Exchanges:
@@ -37,42 +36,50 @@ class Exchanges:
 
     def __init__(self, sharding: Sharding, graph: ParamGraph) -> None:
         experts = experts_of(sharding.experts, graph)
-        self._ranks, self._modules = sharding.size("expert"), expert_modules(sharding.experts, graph)
-        self._totals = {name.rpartition(".")[0]: each.total for name, each in experts.items() if each.number is not None}
-        self._stacks: dict[str, set[_Shape]] = {}
+        self._ranks, self._modules = sharding.size("expert"), set(expert_modules(sharding.experts, graph))
+        self._listed: dict[str, int] = {}
         for name, each in experts.items():
-            if each.number is None:
-                self._stacks.setdefault(name.rpartition(".")[0], set()).add(_sorted(graph.by_name[name].shape))
+            if each.number is not None:
+                self._listed[next(owner for owner in owners(name) if owner in self._modules)] = each.total
+        self._stacked = {name: each.total for name, each in experts.items() if each.number is None}
         self._found: Allocations | None = None
+        self._kept: dict[str, torch.Tensor] = {}
 
     def watch(self, module: nn.Module, mesh: DeviceMesh | None) -> None:
         """Have the experts of `module` exchange what they are given and give, along a tensor axis a part of it on each rank."""
+        for name, total in self._stacked.items():
+            owner, _, key = name.rpartition(".")
+            _narrow(module.get_submodule(owner), key, total, self._ranks)
         for name in self._modules:
             experts = module.get_submodule(name)
             if mesh is not None:
                 _take_parts(experts, mesh)
             _Exchanging(self, name).register(experts)
+        for home in dict.fromkeys(map(_calling, self._listed)):
+            module.get_submodule(home).register_forward_hook(lambda *_, home=home: self._let_go(home), always_call=True)
 
     @contextmanager
     def followed(self, found: Allocations) -> Iterator[None]:
         """While `found` follows a run."""
-        self._found, found.shared_between = found, self._shared_between
+        self._found = found
         try:
             yield
         finally:
             self._found = None
 
-    def _shared_between(self, tensor: torch.Tensor, module: str) -> int:
-        """Between how many ranks what an op has made is shared: that of the expert axis, if it is made of stacked weights."""
-        if tensor.dim() < 2:
-            return 1
-        shape = _sorted(tensor.shape)
-        here = (module, *_around(module)) if module else self._stacks
-        return self._ranks if any(shape in self._stacks.get(name, ()) for name in here) else 1
-
     def total(self, name: str) -> int:
         """How many experts of a list there are, each of which is given a part of the rows; 1 for stacked ones."""
-        return next((total for owner, total in self._totals.items() if owner == name or owner.startswith(f"{name}.")), 1)
+        return self._listed.get(name, 1)
+
+    def keep(self, name: str, nbytes: int) -> None:
+        """The buffers of experts in a list, which are called one by one: there until what calls them is done."""
+        if name in self._listed and self._found is not None:
+            home = _calling(name)
+            with self._found.within(Origin("communication buffer", module=home)):
+                self._kept.setdefault(home, torch.empty(nbytes, dtype=torch.uint8))
+
+    def _let_go(self, home: str) -> None:
+        self._kept.pop(home, None)
 
     def take(self, nbytes: int, name: str) -> None:
         """The buffers of one exchange come and go."""
@@ -81,14 +88,21 @@ class Exchanges:
                 self._found.taken(nbytes, "exchange of tokens")
 
 
-def _sorted(shape: Iterable[int]) -> _Shape:
-    return tuple(sorted(shape))
+def _calling(expert: str) -> str:
+    """The module that calls an expert in a list."""
+    return expert.rpartition(".")[0].rpartition(".")[0]
 
 
-def _around(module: str) -> Iterator[str]:
-    while module:
-        module = module.rpartition(".")[0]
-        yield module
+def _narrow(owner: nn.Module, key: str, total: int, ranks: int) -> None:
+    """Leave `owner` a rank's part of a stack of experts, and of the numbers that its code counts them by."""
+    stack = owner._parameters.get(key)
+    if stack is None or stack.shape[0] != total:
+        return  # another of its names came first
+    owner._parameters[key] = nn.Parameter(stack.detach()[: total // ranks].clone(), stack.requires_grad)
+    sizes = {size for each in owner.parameters(recurse=False) for size in each.shape[1:]}
+    for name, value in list(vars(owner).items()):
+        if type(value) is int and value == total and (total not in sizes or "expert" in name):
+            setattr(owner, name, total // ranks)
 
 
 class _Exchanging:
@@ -96,7 +110,7 @@ class _Exchanging:
 
     def __init__(self, exchanges: Exchanges, name: str) -> None:
         self._exchanges, self._name = exchanges, name
-        self._nbytes = 0
+        self._nbytes = self._rows = 0
 
     def register(self, experts: nn.Module) -> None:
         experts.register_forward_pre_hook(self._dispatch, with_kwargs=True)
@@ -108,6 +122,8 @@ class _Exchanging:
             return None
         count = _top_k(tokens, (args, kwargs)) * self._exchanges.total(self._name)
         self._nbytes = expert_exchange(tokens.nbytes, count)
+        self._rows = tokens.shape[:-1].numel() * _top_k(tokens, (args, kwargs))
+        self._exchanges.keep(self._name, self._nbytes)
         passed = self._passed(tokens)
         return tree_map_only(torch.Tensor, lambda each: passed if each is tokens else each, (args, kwargs))
 
@@ -119,23 +135,27 @@ class _Exchanging:
         return tree_map_only(torch.Tensor, lambda each: passed if each is first else each, output)
 
     def _passed(self, tensor: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _Passed.apply(tensor, self._exchanges, self._nbytes, self._name)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _Passed.apply(tensor, self._exchanges, self._nbytes, self._rows, self._name)  # type: ignore[no-untyped-call]
         return found
 
 
 class _Passed(torch.autograd.Function):
-    """A tensor that is exchanged, and its gradient that is exchanged back: for what that takes."""
+    """A tensor that is exchanged, and its gradient that is exchanged back: for what that takes.
+
+    The order that rows are put into is kept for the backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, exchanges: Exchanges, nbytes: int, name: str) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, exchanges: Exchanges, nbytes: int, rows: int, name: str) -> torch.Tensor:
         ctx.take = lambda: exchanges.take(nbytes, name)
         ctx.take()
+        ctx.save_for_backward(torch.empty(rows, dtype=torch.int64, device=tensor.device))
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         ctx.take()
-        return gradients[0], None, None, None
+        return gradients[0], None, None, None, None
 
 
 def _tokens_of(value: Any) -> torch.Tensor | None:
