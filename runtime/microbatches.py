@@ -33,7 +33,7 @@ def first_of(inputs: Any, microbatches: int) -> Any:
     for each in tree_leaves(inputs):
         if isinstance(each, torch.Tensor) and (not each.dim() or each.shape[0] % microbatches):
             raise DecisionError(f"an input of shape {list(each.shape)} does not divide into {microbatches} micro-batches")
-    return tree_map_only(torch.Tensor, lambda each: each[: each.shape[0] // microbatches].contiguous(), inputs)
+    return tree_map_only(torch.Tensor, lambda each: each[: each.shape[0] // microbatches].clone(), inputs)
 
 
 def staged_modules(sharding: Sharding, graph: ParamGraph) -> list[str]:
