@@ -1,4 +1,4 @@
-"""A profile on one rank of the expert axis, where experts are modules in a list: each is whole on one rank, and has its gradient there.
+"""A profile on one rank of the expert axis, where experts are modules in a list: each is whole, with its gradient, on one rank.
 
 What else the experts of other ranks do in the trace stands for what this rank's do with the tokens of other ranks.
 """

@@ -260,13 +260,15 @@ class _Turns:
         return not isinstance(reshard, bool) and reshard != self.fsdp.ranks_of(unit)
 
     def _more(self, unit: Unit, count: int) -> Extra:
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit) // int(self._reshard(unit)), count)
+        return Extra(
+            "gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit) // int(self._reshard(unit)), count
+        )
 
     def _sent_itemsize(self, part: Part) -> int:
         return self.fsdp.reduce_itemsize or part.gathered_itemsize
 
     def _reshard(self, unit: Unit) -> bool | int:
-        """Of a unit that lies between other ranks a number of ranks that does not divide them, or is all of them, is to reshard."""
+        """Of a unit between other ranks, a number that does not divide them, or is all of them, is to reshard."""
         reshard, ranks = self.fsdp.reshard, self.fsdp.ranks_of(unit)
         if isinstance(reshard, bool) or ranks == self.fsdp.ranks:
             return reshard

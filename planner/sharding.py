@@ -7,8 +7,8 @@ also divides their work. FSDP gathers and frees the parameters of one *unit* (a 
 Along a *pipeline* axis each rank has layers of its own (`stages`), along a *context* axis each has a part of every sequence, and
 FSDP divides parameters along it as well. An *expert* axis divides the experts of a layer between ranks that the shard, context
 and tensor axes already count: it is another view of the same ranks, and multiplies nothing. All that as torchtitan has it
-(`torchtitan/distributed/parallel_dims.py`). A plan says these three, and memory is known of them; the runtime carries out the
-first three.
+(`torchtitan/distributed/parallel_dims.py`). A plan says these three, as it does sequence and loss parallelism, and memory is
+known of them, activations included; the runtime carries out the first three.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ other rule is needed:
 1. what a layer by rows puts out stays a DTensor divided along the sequence (it is reduce-scattered), and so does what an
    embedding puts out; norms, dropout and residual sums work on it by DTensor's own propagation, as `SequenceParallel` has it
 2. where it comes to a layer by columns it is gathered, once for all such layers of a module (`PrepareModuleInput`)
-3. outside the layers that repeat, a matrix that no rule divides is given the whole sequence
+3. outside the layers that repeat, a matrix that no rule divides is given the whole sequence; so are attention that none
+   divides, and modules that send tokens to experts
 4. with `loss_parallel`, logits stay divided along the vocabulary, and the loss is torch's `loss_parallel()`
 
 A plain tensor that meets a DTensor is taken to be the same on all ranks (`_Together`). This is for reckoning: `parallel.py` does
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..planner.experts import expert_modules, found_experts, homes_of_experts
 from ..planner.sharding import Sharding, matches, repeated_layers
 from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
@@ -51,19 +54,25 @@ def divide_layers(module: nn.Module, sharding: Sharding, graph: ParamGraph, mesh
 
 
 def _divide_between(module: nn.Module, sharding: Sharding, graph: ParamGraph, mesh: DeviceMesh) -> None:
-    """Divide single layers by the plan's rules, and what lies between them; raises `DecisionError` for what torch has no style."""
-    styles = {name: style for name, style in sharding.styles(graph).items() if name in dict(module.named_modules())}
+    """Divide single layers by the plan's rules, and what lies between; raises `DecisionError` for what torch has no style."""
+    modules, experts = dict(module.named_modules()), _experts(sharding, graph)
+    styles = {name: style for name, style in sharding.styles(graph).items() if name in modules and name not in experts}
     heads = heads_of(styles, graph)
     if sharding.loss_parallel and not heads:
         raise DecisionError(
-            "loss_parallel=True leaves logits divided along the vocabulary, and no rule divides a layer outside those that repeat "
-            'by columns: add one, as {"lm_head": "colwise_gather_output"}'
+            "loss_parallel=True leaves logits divided along the vocabulary, and no rule divides a layer outside those that "
+            'repeat by columns: add one, as {"lm_head": "colwise_gather_output"}'
         )
     chosen = {name: _style(name, style, sharding, name in heads) for name, style in styles.items()}
     _gather_once(module, _by_columns(styles))
     if sharding.sequence_parallel:
-        _divide_sequences(module, styles, graph, mesh)
+        _divide_sequences(module, sharding, styles, graph, mesh)
     parallelize_module(module, mesh, chosen)
+
+
+def _experts(sharding: Sharding, graph: ParamGraph) -> set[str]:
+    """Modules that hold experts which the expert axis divides, so that the tensor axis does not."""
+    return set(expert_modules(sharding.experts, graph)) if sharding.experts else set()
 
 
 @contextmanager
@@ -137,9 +146,13 @@ def sequence(tensor: torch.Tensor) -> Shard:
 # -- what lies between --------------------------------------------------------------------------------------------------
 
 
-def _divide_sequences(module: nn.Module, styles: Mapping[str, str], graph: ParamGraph, mesh: DeviceMesh) -> None:
+def _divide_sequences(
+    module: nn.Module, sharding: Sharding, styles: Mapping[str, str], graph: ParamGraph, mesh: DeviceMesh
+) -> None:
     """Embeddings that no rule divides begin what is divided; other matrices outside the layers that repeat are given it whole."""
     layers = repeated_layers(graph)
+    for home in _homes_of_experts(sharding, graph):
+        _take_whole(module.get_submodule(home), mesh)
     for name, each in module.named_modules():
         if name in styles:
             continue
@@ -147,6 +160,22 @@ def _divide_sequences(module: nn.Module, styles: Mapping[str, str], graph: Param
             each.register_forward_hook(lambda _, __, output: divided(output, mesh))
         elif not _is_inside(name, layers) and any(own.dim() > 1 for own in each.parameters(recurse=False)):
             each.register_forward_pre_hook(lambda _, args, kwargs: whole((args, kwargs)), with_kwargs=True)
+
+
+def _homes_of_experts(sharding: Sharding, graph: ParamGraph) -> list[str]:
+    """The modules that send tokens to experts: their code goes by single tokens, of the whole sequence."""
+    try:
+        patterns = sharding.experts or found_experts(graph)
+    except DecisionError:
+        return []  # there are none
+    return [home for home in homes_of_experts(patterns, graph) if home]
+
+
+def _take_whole(home: nn.Module, mesh: DeviceMesh) -> None:
+    """Give a module the whole sequence, and divide what it gives (`PrepareModuleInputOutput`)."""
+    home.register_forward_pre_hook(lambda _, args, kwargs: whole((args, kwargs)), with_kwargs=True)
+    again = partial(divided, mesh=mesh)
+    home.register_forward_hook(lambda _, __, output: tree_map_only(torch.Tensor, again, output))
 
 
 def _is_inside(name: str, layers: Iterable[str]) -> bool:
@@ -224,6 +253,8 @@ class _Together(TorchFunctionMode):
             return _attended(func, args, kwargs)
         if len(kinds) < 2:
             return func(*args, **kwargs)
+        if func is torch.cat:  # which leaves out tensors of shape [0], as caches begin with
+            args = ([each for each in args[0] if each.shape != (0,)], *args[1:])
         args, kwargs = tree_map_only(torch.Tensor, self._same, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -231,7 +262,7 @@ class _Together(TorchFunctionMode):
         """`torch.autograd.backward` of one loss, with this mode in force for what a checkpoint runs again."""
         given = (loss,), (torch.ones_like(loss, memory_format=torch.preserve_format),)
         with self:
-            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine: Any = torch.autograd.Variable._execution_engine
             engine.run_backward(*given, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
     def _same(self, tensor: torch.Tensor) -> torch.Tensor:

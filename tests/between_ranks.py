@@ -1,4 +1,4 @@
-"""One rank of four: real steps of models divided by hand (`hand_divided`, `expert_mixtures`), beside what the closed form says."""
+"""One rank of four: real steps of models divided by hand (`hand_divided`, `expert_mixtures`), beside the closed form's."""
 
 from __future__ import annotations
 

@@ -178,7 +178,9 @@ class Experts:
 
     def __str__(self) -> str:
         settings = [f"{key}={value}" for key, value in (*self.options.items(), *self.training.items())]
-        shape = f"{'listed' if self.listed else 'stacked'} {self.device} dp{self.ranks} ep{self.experts} {self.batch}x{self.length}"
+        shape = (
+            f"{'listed' if self.listed else 'stacked'} {self.device} dp{self.ranks} ep{self.experts} {self.batch}x{self.length}"
+        )
         return " ".join([shape, *settings]).replace("torch.", "")
 
 

@@ -1,4 +1,4 @@
-"""Models divided by hand with torch's own styles of sequence and loss parallelism, on fake ranks: what the closed form is held against.
+"""Models divided by hand with torch's styles of sequence and loss parallelism, on fake ranks: what the closed form is held to.
 
 `CONFIGURATIONS` are drawn from a seed, and so are always the same.
 """
@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -198,12 +198,16 @@ class Divided:
 
     def plan(self) -> gp.Plan:
         known = MODELS[self.model]
-        return gp.trace(known.build).to(self.device).shard(
-            self.axes,
-            tensor=known.rules(),
-            sequence_parallel=self.sequence,
-            loss_parallel=self.loss,
-            **({"units": known.layers, **self.options} if "dp" in self.axes else {}),
+        return (
+            gp.trace(known.build)
+            .to(self.device)
+            .shard(
+                self.axes,
+                tensor=known.rules(),
+                sequence_parallel=self.sequence,
+                loss_parallel=self.loss,
+                **({"units": known.layers, **self.options} if "dp" in self.axes else {}),
+            )
         )
 
     def workload(self) -> gp.Training:
@@ -234,9 +238,7 @@ def _drawn(source: random.Random) -> Divided:
         "accumulate": source.choice([1, 1, 2]),
     }
     model, device = source.choice(list(MODELS)), source.choice(["cpu", "cuda"])
-    return Divided(
-        model, device, axes, sequence, loss, options, training, source.choice([1, 2, 4]), source.choice([16, 32, 64])
-    )
+    return Divided(model, device, axes, sequence, loss, options, training, source.choice([1, 2, 4]), source.choice([16, 32, 64]))
 
 
 CONFIGURATIONS = drawn(120)

@@ -18,7 +18,7 @@ from groundplan.planner.experts import expert_modules
 from groundplan.planner.verdict import MARGIN, Room
 
 from . import expert_mixtures, hand_divided, jobs
-from .closed_form import DEEP, _LLAMA_RULES, inputs_of
+from .closed_form import _LLAMA_RULES, DEEP, inputs_of
 from .expert_mixtures import Experts
 from .hand_divided import Divided, errors
 from .measured_steps import plain_kernels
@@ -175,6 +175,6 @@ MADE: list[Callable[[], Any]] = [
 def test_the_ends_of_a_pipeline_hold_the_whole_batch(training: Callable[[], gp.Training]) -> None:
     plan = gp.trace(DEEP["Llama"]).shard({"pp": 3}, microbatches=4)
     memory = plan.memory(training())
-    found = [dict(map(lambda each: (each.tensor, each.nbytes), memory.rank(rank).changes["step"])) for rank in range(3)]
+    found = [{each.tensor: each.nbytes for each in memory.rank(rank).changes["step"]} for rank in range(3)]
     batch = 8 * 16 * torch.int64.itemsize
     assert [(each["input_ids"], each["labels"]) for each in found] == [(batch, batch), (batch // 4, batch // 4), (batch, batch)]
