@@ -94,10 +94,12 @@ def test_without_a_divided_head_there_is_no_loss_parallelism() -> None:
 
 
 def test_what_no_rule_divides_is_given_the_whole_sequence() -> None:
-    """Attention and a head without rules, whose embedding is divided along the sequence all the same."""
-    rules = {name: style for name, style in _LLAMA_RULES.items() if "mlp" in name}
-    undivided, usual = step(rules, sequence_parallel=True), step(rules)
-    assert not undivided.left_out and undivided.phases["step"] < usual.phases["step"]
+    """A head without a rule, whose embeddings are divided along the sequence all the same."""
+    rules = {"layers.*.feed.up": "colwise", "layers.*.feed.down": "rowwise"}
+    training = Divided("feeds", "cpu", {"tp": 2}, True, False, {}, {"optimizer": "sgd"}, 4, 64).workload()
+    plans = [gp.trace(hand_divided.Feeds).shard({"tp": 2}, tensor=rules, sequence_parallel=each) for each in (False, True)]
+    usual, divided = (plan.memory(training) for plan in plans)
+    assert not divided.left_out and divided.phases["step"] < usual.phases["step"]
 
 
 @pytest.mark.parametrize("model", ["nn.Transformer"])
