@@ -252,10 +252,11 @@ class Plan:
         stays whole. The forward gets the inputs of `workload`, else a few made as for `memory`.
 
         Pipeline, context and expert axes (`pp`, `cp`, `ep`, as torchtitan has them), `sequence_parallel` and `loss_parallel` are
-        for `memory` and `report`: `materialize` raises, and `meta_module` is what your own code shards then. FSDP divides along
+        for `memory` and `report`: `materialize` raises, and `meta_module` is what your own code shards then. `memory` counts
+        activations under all of them; along `ep` it takes tokens to be spread evenly over the experts. FSDP divides along
         `dp_shard` and `cp` as one axis. `ep` takes its ranks from `dp_shard`, `cp` and `tp`, so that it adds none: experts are
-        divided along it, and by FSDP between the ranks that are left. `experts` are patterns of the parameters, modules or lists
-        that hold them; None takes the model's own `ep_plan`, or finds them beside a router.
+        divided along it, and by FSDP, as units by themselves, between the ranks that are left. `experts` are patterns of the
+        parameters, modules or lists that hold them; None takes the model's own `ep_plan`, or finds them beside a router.
 
         Along `pp` layers are divided by count; `stages` says how many stages there are, how many layers each has, or what each
         holds (`[["embed", "layers.0"], ["layers.1", "head"]]`, torchtitan's `module_fqns_per_model_part`). `schedule` is `1f1b`,

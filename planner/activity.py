@@ -28,6 +28,7 @@ def trained(
     if profile is None:
         return training_phases(weights, stepped, workload)
     stepped = reached(graph, profile, stepped)
+    stepped = stepped if fsdp is not None else as_traced(graph, profile, stepped)
     active = activity(profile, [each.gradient for each in stepped], device, workload.accumulate, fsdp)
     return training_phases([*weights, *inputs(profile, device)], stepped, workload, active)
 
@@ -36,6 +37,15 @@ def reached(graph: ParamGraph, profile: Profile, stepped: Sequence[Stepped]) -> 
     """Those that get a gradient: the others have no state either."""
     names = {graph.by_name[name].name for name in profile.gradients if name in graph.by_name}
     return [each for each in stepped if each.gradient.tensor in names]
+
+
+def as_traced(graph: ParamGraph, profile: Profile, stepped: Sequence[Stepped]) -> list[Stepped]:
+    """The same with the bytes that gradients have in the trace: tensor parallelism leaves that of an embedding whole."""
+    sizes = {graph.by_name[name].name: nbytes for name, nbytes in profile.gradients.items() if name in graph.by_name}
+    return [
+        each._replace(gradient=each.gradient._replace(nbytes=sizes.get(each.gradient.tensor, each.gradient.nbytes)))
+        for each in stepped
+    ]
 
 
 def activity(

@@ -58,6 +58,26 @@ def _experts_under(name: str, graph: ParamGraph) -> dict[str, Expert]:
     return dict.fromkeys(inner, Expert(counts.pop()))
 
 
+def expert_modules(patterns: Sequence[str], graph: ParamGraph) -> list[str]:
+    """The modules that hold the experts and are called: what FSDP gathers by itself, as it is between other ranks."""
+    modules, parameters, lists = {module.name for module in graph.modules}, _parameters(graph), _lists(graph)
+    found: dict[str, None] = {}
+    for name in (*modules, *parameters):
+        if any(matches(pattern, name) for pattern in patterns):
+            found |= dict.fromkeys(lists.get(name, [name if name in modules else name.rpartition(".")[0]]))
+    return list(found)
+
+
+def homes_of_experts(patterns: Sequence[str], graph: ParamGraph) -> list[str]:
+    """The modules whose code calls the experts: those around them, or around the list that they are in."""
+    lists = _lists(graph)
+    found: dict[str, None] = {}
+    for name in expert_modules(patterns, graph):
+        around = name.rpartition(".")[0]
+        found[around.rpartition(".")[0] if around in lists else around] = None
+    return list(found)
+
+
 def _stacked(name: str, tensor: TensorNode) -> int:
     if len(tensor.shape) < 2:
         raise DecisionError(f"{name} has the shape {list(tensor.shape)}, so that it does not hold experts along dim 0")

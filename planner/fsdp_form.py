@@ -56,7 +56,8 @@ class Fsdp:
 
     `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of the axis that gradients are reduced
     along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu` says that collectives are gloo's,
-    which copies what it is given.
+    which copies what it is given. `apart` are the numbers of ranks of those units that lie between others than the rest, as
+    experts do, by their names.
     """
 
     units: Mapping[str, Unit]
@@ -66,6 +67,11 @@ class Fsdp:
     offload: bool = False
     accumulates: bool = False
     on_cpu: bool = False
+    apart: Mapping[str, int] = field(default_factory=dict)
+
+    def ranks_of(self, unit: Unit) -> int:
+        """Between how many ranks a unit is divided."""
+        return self.apart.get(unit.name, self.ranks)
 
 
 def with_fsdp(profile: Profile, fsdp: Fsdp) -> list[Script]:
@@ -142,7 +148,7 @@ class _Turns:
             yield self._buffer(self.last_gathered, -1)
         yield self._whole(unit)
         self.gathering.discard(unit.name)
-        self.last_gathered = unit if self.fsdp.ranks > 1 else None
+        self.last_gathered = unit if self.fsdp.ranks_of(unit) > 1 else None
 
     def _after_forward(self, unit: Unit) -> Iterator[_Step]:
         if unit.parts:
@@ -167,7 +173,7 @@ class _Turns:
             if unit.name in self.larger:
                 self.larger.discard(unit.name)
                 yield self._more(unit, -1)
-            if self.fsdp.ranks > 1:
+            if self.fsdp.ranks_of(unit) > 1:
                 yield self._buffer(unit, -1)
             self.gathering.discard(unit.name)
         place = len(self.order) - 1 - self.order[::-1].index(unit.name) if unit.name in self.order else 0
@@ -184,7 +190,7 @@ class _Turns:
         parts = tuple(part for part in unit.parts if part.name in gradients)
         if parts:
             sent = sum(part.numel * self._sent_itemsize(part) for part in parts)
-            self.last_reduced = Extra(_BUFFER, self._label(unit), sent * self.fsdp.ranks)
+            self.last_reduced = Extra(_BUFFER, self._label(unit), sent * self.fsdp.ranks_of(unit))
             yield self.last_reduced
             yield from (Event(gradients[part.name], -1) for part in parts)
             yield from self._scatter(replace(unit, parts=parts), sent)
@@ -193,8 +199,8 @@ class _Turns:
         """`foreach_reduce`: what comes out of a reduce-scatter becomes this rank's gradients."""
         fsdp, made = self.fsdp, Extra(_BUFFER, self._label(unit), sent)
         yield made
-        if fsdp.on_cpu and fsdp.ranks > 1:
-            yield from _passing(Extra("temporary", self._label(unit), sent * fsdp.ranks))
+        if fsdp.on_cpu and self.fsdp.ranks_of(unit) > 1:
+            yield from _passing(Extra("temporary", self._label(unit), sent * self.fsdp.ranks_of(unit)))
         reduced = made
         if any(part.itemsize != self._sent_itemsize(part) for part in unit.parts):
             made = Extra(_BUFFER, self._label(unit), sum(part.numel * part.itemsize for part in unit.parts))
@@ -224,7 +230,7 @@ class _Turns:
 
     def _gather(self, unit: Unit) -> Iterator[_Step]:
         """`foreach_all_gather`: this rank's part, converted or copied to the device, and the buffer that all parts come into."""
-        if unit.name in self.gathering or self.fsdp.ranks == 1:
+        if unit.name in self.gathering or self.fsdp.ranks_of(unit) == 1:
             return
         self.gathering.add(unit.name)
         copied = unit.gathered if unit.is_converted or self.fsdp.offload else 0
@@ -234,26 +240,27 @@ class _Turns:
         yield taken
         yield self._buffer(unit, 1)
         if self.fsdp.on_cpu:
-            yield from _passing(Extra("temporary", self._label(unit), unit.gathered * self.fsdp.ranks))
+            yield from _passing(Extra("temporary", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit)))
         yield replace(taken, count=-1)
 
     def _buffer(self, unit: Unit, count: int) -> Extra:
-        return Extra(_BUFFER, self._label(unit), unit.gathered * self.fsdp.ranks, count)
+        return Extra(_BUFFER, self._label(unit), unit.gathered * self.fsdp.ranks_of(unit), count)
 
     def _whole(self, unit: Unit) -> Extra:
         self.whole.add(unit.name)
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks)
+        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit))
 
     def _freed(self, unit: Unit) -> Extra:
         self.whole.discard(unit.name)
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks, -1)
+        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit), -1)
 
     def _keeps_more(self, unit: Unit) -> bool:
         """Whether a larger part than a rank's own stays after the forward: `reshard` is the number of ranks that share it."""
-        return not isinstance(unit.reshard, bool) and unit.reshard != self.fsdp.ranks
+        return not isinstance(unit.reshard, bool) and unit.reshard != self.fsdp.ranks_of(unit)
 
     def _more(self, unit: Unit, count: int) -> Extra:
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks // int(unit.reshard), count)
+        nbytes = unit.gathered * self.fsdp.ranks_of(unit) // int(unit.reshard)
+        return Extra("gathered parameter", self._label(unit), nbytes, count)
 
     def _sent_itemsize(self, part: Part) -> int:
         return self.fsdp.reduce_itemsize or part.gathered_itemsize

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..tracer.graph import ParamGraph
 from .changes import HOST
 from .decisions import Decisions
+from .experts import expert_modules
 from .fsdp_form import Fsdp, Part, Unit
 from .records import dtype_named
 from .sharding import Sharding
@@ -25,6 +27,7 @@ def fsdp_of(graph: ParamGraph, decisions: Decisions, held: Sequence[Held], devic
     return Fsdp(
         units=_units(graph, sharding, held),
         ranks=sharding.shard_ranks,
+        apart=_apart(graph, sharding),
         reduce_itemsize=None if reduced is None else dtype_named(reduced).itemsize,
         copies=sharding.size("replicate"),
         offload=sharding.offload and device != HOST,
@@ -32,12 +35,22 @@ def fsdp_of(graph: ParamGraph, decisions: Decisions, held: Sequence[Held], devic
     )
 
 
-def reshard_of(sharding: Sharding, unit: str) -> bool | int:
+def _apart(graph: ParamGraph, sharding: Sharding) -> dict[str, int]:
+    """Between how many ranks FSDP divides the units that hold experts."""
+    if sharding.size("expert") == 1:
+        return {}
+    return dict.fromkeys(expert_modules(sharding.experts, graph), sharding.expert_shard_ranks)
+
+
+def reshard_of(sharding: Sharding, unit: str, apart: Mapping[str, int] = MappingProxyType({})) -> bool | int:
     """What a unit does after its forward, where 1 rank is not to reshard, and all ranks are to do it.
 
-    As torch's `_get_post_forward_mesh_info`. So a number is never 1.
+    As torch's `_get_post_forward_mesh_info`. So a number is never 1. Of a unit that is `apart`, between other ranks, a number that
+    does not divide them, or is all of them, is to reshard.
     """
-    reshard = sharding.reshard_of(unit)
+    reshard, ranks = sharding.reshard_of(unit), apart.get(unit, sharding.shard_ranks)
+    if not isinstance(reshard, bool) and ranks != sharding.shard_ranks:
+        return True if ranks <= reshard or ranks % reshard else reshard
     return reshard if isinstance(reshard, bool) else {1: False, sharding.shard_ranks: True}.get(reshard, reshard)
 
 
@@ -51,7 +64,8 @@ def _units(graph: ParamGraph, sharding: Sharding, held: Sequence[Held]) -> dict[
             converted = dtype is not None and each.tensor.dtype.is_floating_point
             gathered = dtype.itemsize if dtype is not None and converted else each.itemsize
             parts[_owner(each.tensor.name, names)].append(Part(each.tensor.name, each.padded, each.itemsize, gathered))
-    return {name: Unit(name, tuple(found), reshard_of(sharding, name)) for name, found in parts.items()}
+    apart = _apart(graph, sharding)
+    return {name: Unit(name, tuple(found), reshard_of(sharding, name, apart)) for name, found in parts.items()}
 
 
 def _owner(name: str, units: set[str]) -> str:

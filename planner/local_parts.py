@@ -124,8 +124,13 @@ class LocalParts:
         return self.sharding.shards
 
     def is_divided(self, tensor: TensorNode) -> bool:
-        """Whether it is a DTensor on its ranks: FSDP, the tensor or the expert axis divides it."""
+        """Whether it is a DTensor on its ranks: FSDP, the tensor or the expert axis divides it, or what lies between is divided.
+
+        `SequenceParallel` makes DTensors of parameters that every rank has whole.
+        """
         expert = self.expert(tensor)
+        if self.sharding.sequence_parallel and tensor.kind == "parameter":
+            return True
         return self.is_sharded(tensor) or self.cut(tensor) is not None or (expert is not None and expert.number is None)
 
     def stages(self) -> tuple[int, ...]:

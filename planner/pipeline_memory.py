@@ -45,6 +45,16 @@ def pipeline_activity(
     return [*_buffers(pipeline, own, profile.passed, device), *_passing(held, device), *gradients]
 
 
+def pipeline_inputs(profile: Profile, pipeline: Pipeline, ranks: int, rank: int, device: str) -> list[Change]:
+    """The inputs of a step: of all micro-batches on the ranks of the first and the last stage, which are given them as one batch.
+
+    Other stages receive theirs; of what all of them are given besides, as positions are, one micro-batch is taken to be there.
+    """
+    own = range(rank, len(pipeline.stages), ranks)
+    many = pipeline.microbatches if 0 in own or len(pipeline.stages) - 1 in own else 1
+    return [Change(device, name, many * nbytes) for name, nbytes in profile.inputs]
+
+
 def _buffers(pipeline: Pipeline, own: Sequence[int], passed: int, device: str) -> Iterator[Change]:
     many = (len(pipeline.stages), pipeline.microbatches, passed, passed)
     yield Change(device, "receive buffers of the pipeline", sum(receive_buffers(stage, *many) for stage in own))
@@ -53,7 +63,7 @@ def _buffers(pipeline: Pipeline, own: Sequence[int], passed: int, device: str) -
 def _whole(fsdp: Fsdp) -> int:
     parts = [part for unit in fsdp.units.values() for part in unit.parts]
     gathered = max((part.gathered_itemsize for part in parts), default=4)
-    units = [fsdp.ranks * sum(part.numel for part in unit.parts) for unit in fsdp.units.values()]
+    units = [fsdp.ranks_of(unit) * sum(part.numel for part in unit.parts) for unit in fsdp.units.values()]
     return fsdp_in_pipeline(units, gathered, fsdp.reduce_itemsize or gathered)
 
 

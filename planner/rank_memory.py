@@ -14,16 +14,17 @@ from dataclasses import dataclass, replace
 from ..tracer.draws import is_random_fill, is_trunc_normal
 from ..tracer.elements import by_element
 from ..tracer.graph import Op, ParamGraph, TensorNode
-from .activity import inputs, reached, trained
+from .activity import reached, trained
 from .changes import HOST, Change
 from .decisions import Decisions, Move, cast_dtype, final_dtype
 from .exchanges import attention_output, ring_attention
+from .expert_profile import on_rank
 from .fsdp_form import Fsdp
 from .fsdp_units import fsdp_of
 from .kept import kept_with
 from .local_parts import LocalParts, coordinate_of
 from .optimizer import Trained
-from .pipeline_memory import pipeline_activity
+from .pipeline_memory import pipeline_activity, pipeline_inputs
 from .placing import DISK
 from .profile import Profile
 from .quantizing import quantized_names
@@ -78,12 +79,15 @@ def rank_timelines(
         stepped = _stepped(held, graph, decisions, workload)
         buckets = [each.gradient for each in stepped] if is_ddp(decisions) else []
         device = computing_device(graph, decisions)
+        if profile is not None:
+            profile = on_rank(profile, decisions.sharding, graph, {name for each in held for name in each.tensor.names})
         fsdp = None if profile is None else fsdp_of(graph, decisions, held, device)
         weights_then = [*padded, *buckets]
         if profile is not None and decisions.sharding is not None and decisions.sharding.pipeline is not None:
             stepped = reached(graph, profile, stepped)
             active = _in_pipeline(profile, decisions.sharding, rank, [each.gradient for each in stepped], device, fsdp)
-            phases, state = training_phases([*weights_then, *inputs(profile, device)], stepped, workload, active)
+            given = _pipeline_inputs(profile, decisions.sharding, rank, device)
+            phases, state = training_phases([*weights_then, *given], stepped, workload, active)
         else:
             phases, state = trained(graph, weights_then, stepped, workload, profile, device, fsdp)
         if profile is not None and decisions.sharding is not None and decisions.sharding.size("context") > 1:
@@ -112,6 +116,12 @@ def _in_pipeline(
     assert sharding.pipeline is not None
     place = coordinate_of(sharding, rank)["pipeline"]
     return pipeline_activity(profile, sharding.pipeline, sharding.size("pipeline"), place, gradients, device, fsdp)
+
+
+def _pipeline_inputs(profile: Profile, sharding: Sharding, rank: int, device: str) -> list[Change]:
+    assert sharding.pipeline is not None
+    place = coordinate_of(sharding, rank)["pipeline"]
+    return pipeline_inputs(profile, sharding.pipeline, sharding.size("pipeline"), place, device)
 
 
 def _stepped(held: Sequence[Held], graph: ParamGraph, decisions: Decisions, workload: Training) -> list[Stepped]:

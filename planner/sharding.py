@@ -7,8 +7,8 @@ also divides their work. FSDP gathers and frees the parameters of one *unit* (a 
 Along a *pipeline* axis each rank has layers of its own (`stages`), along a *context* axis each has a part of every sequence, and
 FSDP divides parameters along it as well. An *expert* axis divides the experts of a layer between ranks that the shard, context
 and tensor axes already count: it is another view of the same ranks, and multiplies nothing. All that as torchtitan has it
-(`torchtitan/distributed/parallel_dims.py`). A plan says these three, and memory is known of them; the runtime carries out the
-first three.
+(`torchtitan/distributed/parallel_dims.py`). A plan says these three, as it does sequence and loss parallelism, and memory is
+known of them, activations included; the runtime carries out the first three.
 """
 
 from __future__ import annotations
@@ -190,13 +190,20 @@ class Sharding(Record):
         return dense if expert is None else f"{dense}, {expert.name}={expert.size} within"
 
     def unit_names(self, graph: ParamGraph) -> list[str]:
-        """The modules that are units, inner ones first; the module as a whole, which is one too, is not named."""
-        known = kept_with(graph)
-        if ("units", self.units) not in known:
+        """The modules that are units, inner ones first; the module as a whole, which is one too, is not named.
+
+        Those that hold experts are, where there is an expert axis: their parameters lie between other ranks than the rest.
+        """
+        known, apart = kept_with(graph), self.experts if self.shards and self.size("expert") > 1 else ()
+        key = ("units", self.units, apart)
+        if key not in known:
+            from .experts import expert_modules
+
+            experts = set(expert_modules(apart, graph))
             named = [module.name for module in graph.modules if module.name]
-            names = [name for name in named if any(matches(pattern, name) for pattern in self.units)]
-            known["units", self.units] = sorted(names, key=lambda name: -name.count("."))
-        return list(known["units", self.units])
+            names = [name for name in named if name in experts or any(matches(pattern, name) for pattern in self.units)]
+            known[key] = sorted(names, key=lambda name: -name.count("."))
+        return list(known[key])
 
     def reshard_of(self, unit: str) -> bool | int:
         """The `reshard_after_forward` of a unit, by its name; the first rule that matches wins."""

@@ -100,7 +100,7 @@ def _divide_layers(module: nn.Module, sharding: Sharding, graph: ParamGraph, mes
     else:
         modules = dict(module.named_modules())
         parallelize_module(module, mesh, {name: _TORCH[style]() for name, style in styles.items() if name in modules})
-    _tie_again(module, graph)
+    tie_again(module, graph)
 
 
 _TORCH: dict[str, Any] = {
@@ -128,7 +128,7 @@ def _apply_transformers(module: nn.Module, styles: dict[str, str], mesh: DeviceM
     apply_tensor_parallelism(module, mesh, {name: style for name, style in styles.items() if name in once or name not in places})
 
 
-def _tie_again(module: nn.Module, graph: ParamGraph) -> None:
+def tie_again(module: nn.Module, graph: ParamGraph) -> None:
     """Both engines divide every place of a tied parameter by itself, which leaves several parameters: make them one again."""
     modules = dict(module.named_modules(remove_duplicate=False))
     for tensor in graph.ties:
