@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 from .allocations import Kind
+from .kept import kept
 from .profile import Event, Mark, Profile, Stretch
 from .step_form import Extra, Script, between
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What a rank holds of a parameter: elements with their padding, and bytes of one as it is kept, and as it is gathered."""
 
     name: str
@@ -32,14 +34,14 @@ class Part:
     gathered_itemsize: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unit:
     """Parameters that are gathered, and whose gradients are reduced, together."""
 
     name: str
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def gathered(self) -> int:
         """Bytes of this rank's part in the dtype that it is gathered in."""
         return sum(part.numel * part.gathered_itemsize for part in self.parts)
@@ -74,7 +76,7 @@ def with_fsdp(profile: Profile, fsdp: Fsdp) -> list[Script]:
     Of layers that repeat, what is added in the one that stands for others is the same for each of them: units alike are of one
     size, and each finds and leaves the same buffers.
     """
-    turns = _Turns(fsdp, profile, _gradients(profile, fsdp))
+    turns = _Turns(fsdp, profile, _gradients(profile))
     found = []
     for block in profile.blocks:
         turns.times = block.times
@@ -83,14 +85,10 @@ def with_fsdp(profile: Profile, fsdp: Fsdp) -> list[Script]:
     return found
 
 
-def _gradients(profile: Profile, fsdp: Fsdp) -> dict[str, dict[str, int]]:
-    """For each unit the whole gradients of its parameters, as indices of allocations, by name; those that the profile has."""
-    owners = {part.name: unit.name for unit in fsdp.units.values() for part in unit.parts}
-    found: dict[str, dict[str, int]] = {name: {} for name in fsdp.units}
-    for index, each in enumerate(profile.allocations):
-        if each.kind == "gradient" and each.name in owners:
-            found[owners[each.name]][each.name] = index
-    return found
+@kept
+def _gradients(profile: Profile) -> Mapping[str, int]:
+    """The whole gradients of parameters, as indices of allocations, by name; those that the profile has."""
+    return {each.name: index for index, each in enumerate(profile.allocations) if each.kind == "gradient"}
 
 
 _BUFFER: Kind = "communication buffer"
@@ -103,7 +101,7 @@ class _Turns:
 
     fsdp: Fsdp
     profile: Profile
-    gradients: Mapping[str, Mapping[str, int]]
+    gradients: Mapping[str, int]
     times: int = 1
     times_of: dict[str, int] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
@@ -176,17 +174,16 @@ class _Turns:
 
     def _reduce(self, unit: Unit) -> Iterator[_Step]:
         """`post_backward`: what a unit has gathered goes, and its gradients are reduced."""
-        gradients = self.gradients[unit.name]
         if unit.name in self.whole:
             yield self._freed(unit)
         yield from self._drop_last()
         self.reduced.add(unit.name)
-        parts = tuple(part for part in unit.parts if part.name in gradients)
+        parts = tuple(part for part in unit.parts if part.name in self.gradients)
         if parts:
             sent = sum(part.numel * self._sent_itemsize(part) for part in parts)
             self.last_reduced = Extra(_BUFFER, self._label(unit), sent * self.fsdp.ranks)
             yield self.last_reduced
-            yield from (Event(gradients[part.name], -1) for part in parts)
+            yield from (Event(self.gradients[part.name], -1) for part in parts)
             yield from self._scatter(Unit(unit.name, parts), sent)
 
     def _scatter(self, unit: Unit, sent: int) -> Iterator[_Step]:

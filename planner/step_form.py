@@ -148,7 +148,7 @@ def _size(step: Event | Extra, profile: Profile) -> int:
 
 def _of_extra(profile: Profile, extra: Extra, count: int) -> Iterator[Held]:
     if extra.kind == "gradient" and count > 0:
-        yield from (Held(extra.kind, name, extra.nbytes) for name in profile.names_of(extra.name)[-count:])
+        yield from (Held(extra.kind, name, extra.nbytes) for name in profile.gradients_of[extra.name][-count:])
     else:
         yield Held(extra.kind, extra.name, count * extra.nbytes)
 
@@ -157,6 +157,6 @@ def _of_allocation(profile: Profile, index: int, count: int) -> Iterator[Held]:
     """A gradient for each parameter that has one by then, the last layers first; of others all that are alike."""
     each = profile.allocations[index]
     if each.kind == "gradient" and count > 0:
-        yield from (Held(each.kind, name, each.nbytes) for name in profile.names_of(each.name)[-count:])
+        yield from (Held(each.kind, name, each.nbytes) for name in profile.gradients_of[each.name][-count:])
     else:  # below 0 where the next layer's turn lets it go: it is that of the layer before, which has the same name here
         yield Held(each.kind, profile.labels[index], count * each.nbytes)
