@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -53,18 +53,25 @@ class Alike(Generic[T]):
 
     def to(self, other: Callable[[T], U | None]) -> Alike[U]:
         """The same things as what each kind becomes; those are left out that become nothing."""
-        made = [other(kind) for kind in self.kinds]
-        places = np.array([-1 if kind is None else 0 for kind in made], dtype=np.int64)
-        places[places == 0] = np.arange(np.count_nonzero(places == 0))
-        of = places[self.of]
-        kinds = tuple(kind for kind in made if kind is not None)
-        return Alike(kinds, of, self.names) if len(kinds) == len(made) else Alike(kinds, of[of >= 0], self.names[of >= 0])
+        made = tuple(other(kind) for kind in self.kinds)
+        here = np.array([kind is not None for kind in made], dtype=bool)
+        every = Alike(made, self.of, self.names)
+        found = every if here.all() else every._only(self.of[here[self.of]], self.names[here[self.of]])
+        return cast("Alike[U]", found)
 
     def named(self, names: Iterable[str]) -> Alike[T]:
         """Those things that have one of the names, in the same order."""
         wanted = frozenset(names)
         here = np.fromiter((name in wanted for name in self.names.tolist()), dtype=bool, count=len(self))
-        return self if here.all() else Alike(self.kinds, self.of[here], self.names[here])
+        return self if here.all() else self._only(self.of[here], self.names[here])
+
+    def _only(self, of: Ints, names: Names) -> Alike[T]:
+        """Some of the things, with those of the kinds that there are of them, in the order in which they occur."""
+        numbers, firsts = np.unique(of, return_index=True)
+        left = numbers[np.argsort(firsts)]
+        places = np.full(len(self.kinds), -1, dtype=np.int64)
+        places[left] = np.arange(len(left))
+        return Alike(tuple(self.kinds[number] for number in left.tolist()), places[of], names)
 
     @cached_property
     def numbers(self) -> dict[str, int]:

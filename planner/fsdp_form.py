@@ -15,7 +15,7 @@ A unit whose inputs need no gradient, such as the module as a whole, is reduced 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -199,8 +199,8 @@ class _Turns:
         converted = made is not reduced
         stays = fsdp.copies > 1 and (converted or fsdp.accumulates or fsdp.offload)  # `_all_reduce_state`, if it is no gradient
         if stays:
-            self.kept.append(replace(reduced, count=self.times))
-        yield from (replace(each, count=-1) for each in ([reduced] if not stays else []) + ([made] if converted else []))
+            self.kept.append(reduced.times(self.times))
+        yield from (each.times(-1) for each in ([reduced] if not stays else []) + ([made] if converted else []))
         if not fsdp.offload and not fsdp.accumulates:
             yield from (Extra("gradient", part.name, part.numel * part.itemsize) for part in unit.parts)
 
@@ -210,11 +210,11 @@ class _Turns:
             if name not in self.reduced and (name in self.order or name in self.whole):
                 yield from (_times(step, self.times_of[name]) for step in self._reduce(self.fsdp.units[name]))
         yield from self._drop_last()
-        yield from (replace(each, count=-each.count) for each in self.kept)
+        yield from (each.times(-1) for each in self.kept)
 
     def _drop_last(self) -> Iterator[_Step]:
         if self.last_reduced is not None:
-            yield replace(self.last_reduced, count=-1)
+            yield self.last_reduced.times(-1)
             self.last_reduced = None
 
     # -- parameters -----------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class _Turns:
         yield self._buffer(unit, 1)
         if self.fsdp.on_cpu:
             yield from _passing(Extra("temporary", self._label(unit), unit.gathered * self.fsdp.ranks))
-        yield replace(taken, count=-1)
+        yield taken.times(-1)
 
     def _buffer(self, unit: Unit, count: int) -> Extra:
         return Extra(_BUFFER, self._label(unit), unit.gathered * self.fsdp.ranks, count)
@@ -262,8 +262,8 @@ class _Turns:
 
 
 def _passing(extra: Extra) -> tuple[Extra, Extra]:
-    return extra, replace(extra, count=-1)
+    return extra, extra.times(-1)
 
 
 def _times(step: _Step, times: int) -> _Step:
-    return replace(step, count=step.count * times)
+    return step.times(times) if isinstance(step, Extra) else Event(step.allocation, step.count * times)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .allocations import Allocation
 
@@ -27,8 +27,7 @@ class Mark:
     unit: str
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """An allocation, by its index, comes or (`count` below 0) goes; more than once for one that each layer of a run has."""
 
     allocation: int
@@ -43,13 +42,21 @@ class Sums:
     net: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stretch:
     """Events between two marks, with their sums: where gradients are new, and where they are added to those that are there."""
 
     events: tuple[Event, ...]
     fresh: Sums
     added: Sums
+
+    @cached_property
+    def counts(self) -> Mapping[int, int]:
+        """How many times each allocation has come, or gone, in all of it."""
+        found: dict[int, int] = {}
+        for index, count in self.events:
+            found[index] = found.get(index, 0) + count
+        return found
 
 
 @dataclass(frozen=True, slots=True)

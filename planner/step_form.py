@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .allocations import Kind
 from .profile import Event, Profile, Stretch, Sums
 
 
-@dataclass(frozen=True, slots=True)
-class Extra:
+class Extra(NamedTuple):
     """Bytes that come (or, with a `count` below 0, go) between two stretches, for what is called `name`."""
 
     kind: Kind
     name: str
     nbytes: int
     count: int = 1
+
+    def times(self, number: int) -> Extra:
+        """So many times as many of it."""
+        return Extra(self.kind, self.name, self.nbytes, self.count * number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +125,18 @@ def held_at(profile: Profile, scripts: Sequence[Script], peak: Peak, added: bool
 
 
 def _count(profile: Profile, script: Script, times: int, added: bool, counts: Counter[int | Extra]) -> None:
-    if times:
-        for step in _steps(profile, script, added):
-            counts[_key(step)] += times * step.count
+    for part in script.parts if times else ():
+        if isinstance(part, Between):
+            for step in part.steps:
+                counts[_key(step)] += times * step.count
+        else:
+            for index, count in part.counts.items():
+                goes = added and profile.allocations[index].kind == "gradient"  # at once, into the one that is there
+                counts[index] += 0 if goes else times * count
 
 
 def _key(step: Event | Extra) -> int | Extra:
-    return replace(step, count=1) if isinstance(step, Extra) else step.allocation
+    return Extra(*step[:3]) if isinstance(step, Extra) else step.allocation
 
 
 def _steps(profile: Profile, script: Script, added: bool) -> Iterator[Event | Extra]:

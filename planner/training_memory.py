@@ -39,14 +39,14 @@ def training_phases(
     one is there in full before it is added to the old (torch/csrc/autograd/functions/accumulate_grad.h).
     """
     gradients = gradients_of(stepped)
-    parameters = stepped.to(lambda kind: kind.parameter).each
-    chosen = (workload.optimizer, _implementation(workload, parameters), parameters)
-    on_device, on_host = state_pieces(*chosen)
+    kinds = stepped.to(lambda kind: kind.parameter)
+    chosen, parameters = (workload.optimizer, _implementation(workload, kinds.kinds)), kinds.each
+    on_device, on_host = state_pieces(*chosen, kinds)
     state = _changes(stepped, on_device) + _changes(stepped, on_host, HOST)
     clipped = Changes() if workload.clip_grad_norm is None else _changes(stepped, clipping_pieces(parameters))
     if active is None:
         active = gradients + (_largest_by_device(gradients) if workload.accumulate > 1 else Changes())
-    working = _changes(stepped, working_pieces(*chosen))
+    working = _changes(stepped, working_pieces(*chosen, parameters))
     phases = {
         "first_step": weights + active,
         "step": weights + state + active,
@@ -74,9 +74,10 @@ def _implementation(workload: Training, parameters: Sequence[Trained]) -> Implem
 
 def _changes(stepped: Alike[Stepped], pieces: Sequence[Piece], device: str | None = None) -> Changes:
     """Pieces as changes on the device of each parameter, or on one for all."""
-    there = np.array([piece for piece in pieces if piece[1]], dtype=np.int64).reshape(-1, 2)
+    there = [piece for piece in pieces if piece[1]]
+    positions, nbytes = (np.array(column, dtype=np.int64) for column in (zip(*there, strict=True) if there else ((), ())))
     devices = [device or kind.device for kind in stepped.kinds]
-    return Changes.of_columns(devices, stepped.of[there[:, 0]], stepped.names[there[:, 0]], there[:, 1])
+    return Changes.of_columns(devices, stepped.of[positions], stepped.names[positions], nbytes)
 
 
 def _largest_by_device(changes: Changes) -> Changes:
