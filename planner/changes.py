@@ -86,10 +86,7 @@ class Changes(Sequence[Change]):
     @classmethod
     def of(cls, changes: Iterable[Change]) -> Changes:
         """The same, from a list of them."""
-        if isinstance(changes, Changes):
-            return changes
-        runs = (list(found) for _, found in groupby(changes, key=lambda each: each.device))
-        return cls(run for found in runs for run in cls.on_one(found[0].device, *zip(*(each[1:] for each in found), strict=True)).runs)
+        return cls(_runs(changes))
 
     @classmethod
     def on_one(cls, device: str, names: Sequence[str], nbytes: Sequence[int]) -> Changes:
@@ -169,6 +166,12 @@ class Changes(Sequence[Change]):
                 break
             now += run.net
         return held
+
+
+def _runs(changes: Iterable[Change]) -> Iterator[Run]:
+    for device, together in groupby(changes, key=lambda each: each.device):
+        _, names, nbytes = zip(*together, strict=True)
+        yield Run(device, names_of(names), np.array(nbytes, dtype=np.int64))
 
 
 def names_of(names: Sequence[str]) -> Names:

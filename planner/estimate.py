@@ -18,12 +18,12 @@ from .changes import HOST, Changes
 from .construct import Walk, memory_device
 from .cuda_left_out import left_out_of
 from .decisions import Decisions, final_device, final_dtype
+from .held import computing_device
+from .kept import kept
 from .local_parts import distinct_ranks
 from .memory import Binding, Memory, run_phase
 from .optimizer import Trained
 from .profile import NoProfile, Profile
-from .held import computing_device
-from .kept import kept
 from .rank_memory import copied_to_host, rank_timelines, staged
 from .replayed_run import is_cuda
 from .training_memory import Stepped, hidden_names
@@ -173,7 +173,7 @@ def memory_of_run(
     closed = memory(graph, decisions, workload, profile).rank(rank)
     by_device = {phase: run.peaks.get(phase, devices) for phase, devices in closed.by_device.items()}
     by_device["optimizer"] = _worse(run.peaks[FIRST_OPTIMIZER], run.peaks[OPTIMIZER])
-    timelines = {phase: Changes.of(changes) for phase, changes in closed.changes.items() if phase not in run.peaks}
+    timelines = {phase: changes for phase, changes in closed.changes.items() if phase not in run.peaks}
     binding = _binding(by_device, timelines)
     notes = tuple(run_notes(decisions, binding.device, workload))
     found = replace(closed, by_device=by_device, binding=binding, notes=notes, tier="T1", closed_form=closed, run=run)

@@ -17,9 +17,9 @@ from ..tracer.graph import ParamGraph
 from .allocations import FIRST_STEP, START, Allocation, Kind, Moment, Timeline
 from .changes import HOST
 from .decisions import Decisions, final_dtype
+from .held import computing_device
 from .placing import DISK, Placing, device_map
 from .quantizing import quantized_names
-from .held import computing_device
 from .rank_memory import is_ddp, weights_of
 from .sharding import Sharding, parameters_by_module
 

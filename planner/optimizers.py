@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..tracer.errors import DecisionError
-from .alike import Alike, alike
 from .adam import Adam, AdamW, AdamW8bit
+from .alike import Alike
 from .muon import Muon
 from .optimizer import STEP_BYTES, Implementation, Locals, Optimizer, Piece, Trained, groups
 
@@ -140,6 +140,7 @@ def state_pieces(
     step"). Raises `DecisionError` for parameters that the optimizer cannot step.
 
     >>> import torch
+    >>> from .alike import alike
     >>> state_pieces("adamw", None, alike([("weight", Trained("cuda:0", (4, 8), torch.float32))]))
     ([(0, 256)], [(0, 4)])
     """

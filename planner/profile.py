@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from .allocations import Allocation
 
@@ -27,7 +27,8 @@ class Mark:
     unit: str
 
 
-class Event(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Event:
     """An allocation, by its index, comes or (`count` below 0) goes; more than once for one that each layer of a run has."""
 
     allocation: int
@@ -54,8 +55,8 @@ class Stretch:
     def counts(self) -> Mapping[int, int]:
         """How many times each allocation has come, or gone, in all of it."""
         found: dict[int, int] = {}
-        for index, count in self.events:
-            found[index] = found.get(index, 0) + count
+        for event in self.events:
+            found[event.allocation] = found.get(event.allocation, 0) + event.count
         return found
 
 

@@ -91,9 +91,7 @@ def _widest(graph: ParamGraph, casts: tuple[Cast, ...]) -> int:
     return max(dtype_after(each, casts).itemsize for each in graph.parameters)
 
 
-def _in_pipeline(
-    profile: Profile, sharding: Sharding, rank: int, gradients: Changes, device: str, fsdp: Fsdp | None
-) -> Changes:
+def _in_pipeline(profile: Profile, sharding: Sharding, rank: int, gradients: Changes, device: str, fsdp: Fsdp | None) -> Changes:
     assert sharding.pipeline is not None
     place = coordinate_of(sharding, rank)["pipeline"]
     return pipeline_activity(profile, sharding.pipeline, sharding.size("pipeline"), place, gradients, device, fsdp)

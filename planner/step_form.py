@@ -15,7 +15,8 @@ from .allocations import Kind
 from .profile import Event, Profile, Stretch, Sums
 
 
-class Extra(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Extra:
     """Bytes that come (or, with a `count` below 0, go) between two stretches, for what is called `name`."""
 
     kind: Kind
@@ -136,7 +137,7 @@ def _count(profile: Profile, script: Script, times: int, added: bool, counts: Co
 
 
 def _key(step: Event | Extra) -> int | Extra:
-    return Extra(*step[:3]) if isinstance(step, Extra) else step.allocation
+    return Extra(step.kind, step.name, step.nbytes) if isinstance(step, Extra) else step.allocation
 
 
 def _steps(profile: Profile, script: Script, added: bool) -> Iterator[Event | Extra]:

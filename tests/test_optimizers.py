@@ -13,9 +13,9 @@ from torch import nn
 
 import groundplan as gp
 from groundplan.planner.adam import compiled_bytes, is_quantized
+from groundplan.planner.alike import Alike, alike
 from groundplan.planner.allocations import FIRST_OPTIMIZER, OPTIMIZER, Timeline
 from groundplan.planner.optimizer import Implementation, Trained
-from groundplan.planner.alike import Alike, alike
 from groundplan.planner.optimizers import OPTIMIZERS, clipping_pieces, state_pieces, working_pieces
 from groundplan.planner.training_memory import hidden_names
 from groundplan.runtime.optimizers import hidden_parameters, optimizers_of
@@ -204,7 +204,9 @@ def total(pieces: list[tuple[int, int]]) -> int:
 
 def test_what_torchao_quantizes() -> None:
     assert [is_quantized(numel) for numel in (4095, 4096, 4097, 8192)] == [False, True, False, True]
-    on_device, on_host = state_pieces("adamw-8bit", None, by_kind(Trained("cuda:0", (64, 128), BF16), Trained("cuda:0", (9,), BF16)))
+    on_device, on_host = state_pieces(
+        "adamw-8bit", None, by_kind(Trained("cuda:0", (64, 128), BF16), Trained("cuda:0", (9,), BF16))
+    )
     assert on_device == [(0, 2 * (8192 + 8192 // 256 * 4 + 1024)), (1, 2 * 9 * 2)] and total(on_host) == 4 + 2 * 4
     assert compiled_bytes((64, 128), True) == compiled_bytes((64, 128), False) == 2 * 4 * (8192 + 32)
     assert compiled_bytes((32, 256), True) == compiled_bytes((8192,), True) == compiled_bytes((9,), False) == 0
