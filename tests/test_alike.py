@@ -107,7 +107,8 @@ class Model(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             every = torch.stack([expert(x) for expert in self.experts], dim=-1)
             mixed = (every * self.router(x).softmax(-1).unsqueeze(-2)).sum(-1)
-            return x + self.down(self.up(self.norm(x)) * self.gate(x)) + mixed * self.scale
+            found: torch.Tensor = x + self.down(self.up(self.norm(x)) * self.gate(x)) + mixed * self.scale
+            return found
 
     def __init__(self) -> None:
         super().__init__()
