@@ -70,9 +70,9 @@ def _held(question: FitTraining, nearest: Short) -> str:
     """What weights, gradients and optimizer state of a rank come to, whatever the layers do."""
     layout = nearest.layout
     _, parameters = rank_parts(question.plan.graph, layout.decisions, layout.workload)
-    weights = sum(each.nbytes for each in parameters)
+    weights = sum(each.nbytes for each in parameters.each)
     state = sum(nbytes for pieces in state_pieces(layout.workload.optimizer, None, parameters) for _, nbytes in pieces)
-    dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in parameters})
+    dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in parameters.kinds})
     return (
         f"each rank of {layout.describe()} has {human_bytes(weights)} of {' and '.join(dtypes)} weights to train, as much in "
         f"gradients, and {human_bytes(state)} of {layout.workload.optimizer} state"

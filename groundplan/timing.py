@@ -6,7 +6,8 @@ from .planner.changes import HOST
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions
 from .planner.profile import NoProfile
-from .planner.rank_memory import computing_device, rank_parts
+from .planner.held import computing_device
+from .planner.rank_memory import rank_parts
 from .planner.speeds import Speeds
 from .planner.step_time import StepTime, check_timed, step_time
 from .planner.workload import Training
@@ -28,7 +29,7 @@ def step_time_of(
     if isinstance(profile, NoProfile):
         raise DecisionError(f"the time of a step is not known: {profile.reason}")
     fsdp, parameters = rank_parts(build.graph, decisions, workload)
-    return step_time(profile, decisions.sharding, fsdp, parameters, workload, chosen)
+    return step_time(profile, decisions.sharding, fsdp, parameters.each, workload, chosen)
 
 
 def _speeds(build: Build, decisions: Decisions, cluster: Cluster | str | None, speeds: Speeds | None) -> Speeds:

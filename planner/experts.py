@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
+from .kept import kept
 from .sharding import holding_parameters, matches, parameters_by_module, repeated_layers
 
 
@@ -23,11 +24,16 @@ class Expert(NamedTuple):
     number: int | None = None
 
 
-def experts_of(patterns: Sequence[str], graph: ParamGraph) -> dict[str, Expert]:
+def experts_of(patterns: Sequence[str], graph: ParamGraph) -> Mapping[str, Expert]:
     """What each parameter under the patterns is of, by each of its names; raises `DecisionError` where that cannot be told.
 
     A pattern names stacked parameters, the module that has them, the list of experts, or each of its modules.
     """
+    return _experts(graph, tuple(patterns))
+
+
+@kept
+def _experts(graph: ParamGraph, patterns: tuple[str, ...]) -> Mapping[str, Expert]:
     found: dict[str, Expert] = {}
     modules = [module.name for module in graph.modules]
     for pattern in patterns:

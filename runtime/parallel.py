@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -114,7 +115,7 @@ _TORCH: dict[str, Any] = {
 """What makes each style."""
 
 
-def _apply_transformers(module: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> None:
+def _apply_transformers(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
     """By transformers' own engine, whose styles know more kinds of layers than torch's."""
     try:
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism

@@ -16,7 +16,7 @@ from torch import nn
 import groundplan as gp
 from groundplan.planner.activity import activity
 from groundplan.planner.allocations import Allocation
-from groundplan.planner.changes import Change
+from groundplan.planner.changes import Change, Changes
 from groundplan.planner.estimate import RESERVED
 from groundplan.planner.fsdp_form import Fsdp, Part, Unit, with_fsdp
 from groundplan.planner.profile import Block, Event, Mark, Profile, Stretch, stretch
@@ -210,7 +210,7 @@ def test_a_peak_among_blocks_that_repeat() -> None:
     assert peak.nbytes == 5 * 100 + 7 + 30
     held = {each.kind: each.nbytes for each in held_at(profile, plain(profile), peak)}
     assert held == {"activation": 500, "gradient": 7, "temporary": 30}
-    gradients = [Change("cpu", "weight", 35)]
+    gradients = Changes.of([Change("cpu", "weight", 35)])
     changes = activity(profile, gradients, "cpu")
     assert sum(change.nbytes for change in changes) == 35
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import groundplan as gp
 from groundplan.planner.chain import chain_of
-from groundplan.planner.placing import ranges as _ranges
 from groundplan.planner.partition import Partition, partition
 from groundplan.planner.placing import device_map
+from groundplan.planner.placing import ranges as _ranges
 
 transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

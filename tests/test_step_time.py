@@ -317,11 +317,11 @@ def test_a_further_layout_looks_at_no_op_again(monkeypatch: pytest.MonkeyPatch) 
     plan, workload = llama().shard({"dp": 2}), training()
     profile, (fsdp, parameters) = profile_for(plan, workload), rank_parts(plan.graph, plan.decisions, workload)
     assert fsdp is not None and flops_of(profile)
-    first = step_time(profile, plan.decisions.sharding, fsdp, parameters, workload, FAST)
+    first = step_time(profile, plan.decisions.sharding, fsdp, parameters.each, workload, FAST)
     monkeypatch.setattr(work_time, "_seconds", None)
-    assert step_time(profile, plan.decisions.sharding, fsdp, parameters, workload, FAST) == first
+    assert step_time(profile, plan.decisions.sharding, fsdp, parameters.each, workload, FAST) == first
     kept = replace(fsdp, units={name: replace(unit, reshard=False) for name, unit in fsdp.units.items()})
-    more = step_time(profile, plan.decisions.sharding, kept, parameters, workload, FAST)
+    more = step_time(profile, plan.decisions.sharding, kept, parameters.each, workload, FAST)
     assert more.total < first.total
 
 
