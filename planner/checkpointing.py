@@ -34,7 +34,9 @@ Rules = tuple[CheckpointRule, ...]
 def checkpoint_rules(levels: Mapping[str, Any], graph: ParamGraph) -> Rules:
     """The record of what the user asks for; raises `DecisionError` where it does not fit `graph`."""
     if not isinstance(levels, Mapping) or not levels:
-        raise DecisionError(f'levels={levels!r} says nothing; give patterns of modules and levels, such as {{"layers.*": "full"}}')
+        raise DecisionError(
+            f'levels={levels!r} says nothing; give patterns of modules and levels, such as {{"layers.*": "full"}}'
+        )
     for pattern, level in levels.items():
         if not isinstance(pattern, str) or not pattern:
             raise DecisionError(f"levels are given to patterns of the names of modules; {pattern!r} is no pattern")
@@ -111,8 +113,8 @@ def _check_apart(matched: Mapping[str, CheckpointRule]) -> None:
         around = next((owner for owner in owners(name) if owner in matched), None)
         if around is not None:
             raise DecisionError(
-                f"{name}, by {matched[name].pattern!r}, lies within {around}, by {matched[around].pattern!r}, and would run again "
-                "with it: name one of them"
+                f"{name}, by {matched[name].pattern!r}, lies within {around}, by {matched[around].pattern!r}, and would run "
+                "again with it: name one of them"
             )
 
 

@@ -54,9 +54,9 @@ class Unit:
 class Fsdp:
     """How FSDP2 is applied: to which units, over how many ranks, and by which settings.
 
-    `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of the axis that gradients are reduced
-    along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu` says that collectives are gloo's,
-    which copies what it is given.
+    `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of the axis that gradients are
+    reduced along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu` says that collectives are
+    gloo's, which copies what it is given.
     """
 
     units: Mapping[str, Unit]

@@ -13,8 +13,13 @@ import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-TOKENS = torch.arange(1, 33).reshape(2, 16)
-VALUES = torch.linspace(-1, 1, 2 * 16 * 32).reshape(2, 16, 32)
+
+def tokens() -> torch.Tensor:
+    return torch.arange(1, 33).reshape(2, 16)
+
+
+def values() -> torch.Tensor:
+    return torch.linspace(-1, 1, 2 * 16 * 32).reshape(2, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,12 @@ class Model:
     """What is built, its training inputs, and what of its names is a layer."""
 
     build: Callable[[], nn.Module]
-    inputs: Any
+    inputs: Callable[[], Any]
     layer: str
 
     def loss(self, module: Any) -> torch.Tensor:
-        found: torch.Tensor = (
-            module(**self.inputs).loss if isinstance(self.inputs, dict) else module(*self.inputs).square().mean()
-        )
+        inputs = self.inputs()
+        found: torch.Tensor = module(**inputs).loss if isinstance(inputs, dict) else module(*inputs).square().mean()
         return found
 
 
@@ -47,8 +51,8 @@ def llama(layers: int = 4, **options: Any) -> nn.Module:
 
 
 def t5(layers: int = 4) -> nn.Module:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": layers, "num_heads": 4}
-    config = transformers.T5Config(vocab_size=64, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=layers, num_heads=4, pad_token_id=0)
+    config.decoder_start_token_id = 0
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -56,26 +60,31 @@ def encoder(layers: int = 4) -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), layers)
 
 
-_TEXT = {"input_ids": TOKENS, "labels": TOKENS}
+def _text() -> dict[str, torch.Tensor]:
+    return {"input_ids": tokens(), "labels": tokens()}
+
+
 MODELS = {
-    "Llama": Model(llama, _TEXT, "model.layers"),
-    "T5": Model(t5, _TEXT, "decoder.block"),
-    "encoder": Model(encoder, (VALUES,), "layers"),
-    "deep Llama": Model(partial(llama, 20), _TEXT, "model.layers"),
-    "deep encoder": Model(partial(encoder, 20), (VALUES,), "layers"),
+    "Llama": Model(llama, _text, "model.layers"),
+    "T5": Model(t5, _text, "decoder.block"),
+    "encoder": Model(encoder, lambda: (values(),), "layers"),
+    "deep Llama": Model(partial(llama, 12), _text, "model.layers"),
+    "deep encoder": Model(partial(encoder, 12), lambda: (values(),), "layers"),
 }
 
 
 class Counted:
-    """How often the first part of each layer runs: a layer that runs again in the backward runs its parts again."""
+    """How often each layer's parts run, that which runs most: a layer that runs again in the backward runs its parts again."""
 
     def __init__(self, module: nn.Module, layer: str) -> None:
-        self._runs: Counter[str] = Counter()
-        for name, each in module.get_submodule(layer).named_children():
-            next(each.children()).register_forward_pre_hook(lambda *_, name=name: self._runs.update([name]))
+        self._runs: dict[str, Counter[str]] = {name: Counter() for name, _ in module.get_submodule(layer).named_children()}
+        for name, counts in self._runs.items():
+            for part, each in module.get_submodule(f"{layer}.{name}").named_modules():
+                if part:
+                    each.register_forward_pre_hook(lambda *_, part=part, counts=counts: counts.update([part]))
 
     def runs(self) -> list[int]:
-        return list(self._runs.values())
+        return [max(counts.values()) for counts in self._runs.values()]
 
 
 def step(module: nn.Module, model: Model, seed: int = 7) -> dict[str, Any]:
@@ -96,10 +105,13 @@ def step(module: nn.Module, model: Model, seed: int = 7) -> dict[str, Any]:
     }
 
 
-def different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What of two steps is not the same to the bit."""
+def different(one: dict[str, Any], other: dict[str, Any], rounding: float = 0.0) -> list[str]:
+    """What of two steps is not the same: to the bit, or gradients up to so much of their largest element."""
     found = [key for key in ("loss", "names", "stream") if one[key] != other[key]]
-    return found + [name for name, each in one["gradients"].items() if not torch.equal(each, other["gradients"][name])]
+    for name, each in one["gradients"].items():
+        if (each - other["gradients"][name]).abs().max() > rounding * each.abs().max():
+            found.append(name)
+    return found
 
 
 def _whole(gradient: Any) -> torch.Tensor:
