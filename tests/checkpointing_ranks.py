@@ -26,22 +26,28 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Llama": ("Llama", {"model.layers.0": "full", "model.layers.1-2": "selective"}, {"reshard": {"model.layers.2": False}}),
     "encoder": ("encoder", {"layers.0-1": "full", "layers.2": "selective"}, {"reshard": {"layers.0-1": False, "*": True}}),
     "units inside": ("Llama", {"model": "full"}, {}),
-    "tensor": ("encoder", {"layers.*": "full"}, {"tensor": {"layers.*.linear1": "colwise", "layers.*.linear2": "rowwise"}}),
+    "replicated": ("Llama", {"model.layers.1-3": "full"}, {"axis": "ddp"}),
+    "tensor": (
+        "encoder",
+        {"layers.*": "full"},
+        {"tensor": {"layers.*.linear1": "colwise", "layers.*.linear2": "rowwise"}, "axis": "tp"},
+    ),
 }
-"""A model, what is checkpointed, and how it is sharded: along `tp` where there are rules for it."""
+"""A model, what is checkpointed, and how it is sharded: along `dp`, where no other axis is named."""
 
 
 def outcome(name: str) -> dict[str, Any]:
     """What differs from the plan without, how often layers ran, and which were whole after the forward."""
     key, levels, options = CASES[name]
-    model, axes = MODELS[key], {"tp" if "tensor" in options else "dp": WORLD}
+    given = dict(options)
+    model, axes = MODELS[key], {given.pop("axis", "dp"): WORLD}
     plan = gp.trace(model.build)
-    rules = {"tensor": options["tensor"]} if "tensor" in options else {}
+    rules = {name: value for name, value in given.items() if name == "tensor"}
     plain = step(plan.shard(axes, **rules).materialize(seed=0, progress=False), model)
     checkpointed = plan.checkpoint_activations(levels)
-    found = step(checkpointed.shard(axes, **options).materialize(seed=0, progress=False), model)
+    found = step(checkpointed.shard(axes, **given).materialize(seed=0, progress=False), model)
     out = {"different": different(plain, found), "runs": found["runs"], "whole": found["whole"]}
-    if "tensor" not in options:
+    if "dp" in axes:
         by_hand = checkpointed.meta_module()
         for layer in by_hand.get_submodule(model.layer):
             fully_shard(layer, mesh=init_device_mesh("cpu", (WORLD,)))

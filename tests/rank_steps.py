@@ -65,7 +65,10 @@ class RankCase:
         return count
 
     def __str__(self) -> str:
-        known = {key: "rules" if isinstance(value, dict) else value for key, value in (self.options | self.training).items()}
+        known = {
+            key: "rules" if key == "tensor" and isinstance(value, dict) else value
+            for key, value in (self.options | self.training).items()
+        }
         settings = (f"{key}={str(value).removeprefix('torch.')}" for key, value in known.items())
         levels = [f"{pattern} {level}" for pattern, level in self.levels.items()]
         return ", ".join([self.model, " x ".join(f"{name}={size}" for name, size in self.axes.items()), *settings, *levels])
@@ -136,7 +139,6 @@ LONG = [
     _case("Llama", {"dp": 2}, levels={"model.layers.0": "selective", "model.layers.1": "full"}),
     _case("Llama", _PAIR, levels={"model.layers.*.mlp": "full"}, reshard={"model.layers.0": False}),
     _case("nn.Transformer", {"dp": 2}, levels={"encoder.layers.1": "full", "decoder.layers.0": "selective"}, reshard={"": False}),
-    _case("Llama", {"ddp": 2}, levels={"model.layers.1": "full"}),
     _case("Llama", {"dp": 4}, reshard=2),
     _case("Llama", {"dp": 2}, compute_dtype=BF16),
     _case("Llama", {"dp": 2}, offload=True),
