@@ -365,7 +365,7 @@ def test_the_plan_knows_and_says_it(tmp_path: Path) -> None:
 
 def test_a_file_from_before_there_was_any_of_it_loads() -> None:
     """Written by 0.1.0 before: by another fingerprint it is not believed, but it is read."""
-    decisions = load_decisions(Path(__file__).parent / "data" / "before_checkpointing.plan.json")
+    decisions = load_decisions(Path(__file__).parent / "data" / "plan_before_checkpointing.json")
     assert decisions.checkpointing == () and decisions.sharding is not None and decisions.sharding.reshard_rules == ()
     assert decisions.sharding.reshard_of("encoder.layers.0") == decisions.sharding.reshard_of("") == 2
 
