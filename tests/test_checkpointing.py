@@ -287,6 +287,12 @@ def test_the_first_match_decides() -> None:
     )
 
 
+def test_the_same_can_be_said_of_a_trace_again() -> None:
+    plan = planned("encoder")
+    one, other = (plan.checkpoint_activations({"layers.0-2": "full"}) for _ in range(2))
+    assert one.decisions == other.decisions and "layers.{0-2}: keep" in str(other.explain())
+
+
 class Shared(nn.Module):
     """One layer under two names."""
 
