@@ -241,9 +241,10 @@ class Plan:
         FSDP gathers one of the `units` at a time: patterns of the names of modules (`*` stands within one component, `0-3` for
         numbers), or `"layers"`, every layer that repeats. `reshard` is FSDP2's `reshard_after_forward`, or one for each pattern
         of units, the first match first: `{"layers.0-3": False, "*": True}`, where `"*"` is all the rest and `""` the module as a
-        whole. `compute_dtype` and `reduce_dtype` are its mixed precision, `offload` keeps shards in host memory. `tensor` gives a style for patterns of modules:
-        `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`, `colwise_gather_output`,
-        `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers model's own `tp_plan`.
+        whole. `compute_dtype` and `reduce_dtype` are its mixed precision, `offload` keeps shards in host memory. `tensor` gives a
+        style for patterns of modules: `{"layers.*.up": "colwise", "layers.*.down": "rowwise"}` (`colwise`, `rowwise`,
+        `colwise_gather_output`, `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers
+        model's own `tp_plan`.
 
         `"infer"` finds such rules in the module's own forward, run once on fake tensors: linear layers whose outputs reach one
         other linear layer through ops that work on each part by itself, be they elementwise or attention over heads, are divided
@@ -301,11 +302,11 @@ class Plan:
         """Have modules run again in the backward instead of keeping what they computed: `{"layers.0-11": "full"}`.
 
         A pattern matches the names of modules component by component, `*` within one, `0-11` for numbers; the first match wins.
-        `"full"` keeps a module's inputs alone, `"selective"` besides what attention, reduce-scatter and every other matrix product
-        give (torchtitan's policy), `"none"` nothing else than without. What `materialize` and `gp.materialize` build does it by
-        itself, with `torch.utils.checkpoint`: names, values, losses, gradients and random numbers are those of the module without;
-        every tier of `memory`, and `verify`, go by it. A transformers model makes no cache of keys and values while it trains
-        then. A second call takes the place of the first.
+        `"full"` keeps a module's inputs alone, `"selective"` besides what attention, reduce-scatter and every other matrix
+        product give (torchtitan's policy), `"none"` nothing else than without. What `materialize` and `gp.materialize` build does
+        it by itself, with `torch.utils.checkpoint`: names, values, losses and random numbers are those of the module without, and
+        so are gradients, but for rounding where autograd adds several up. Every tier of `memory`, and `verify`, go by it. A
+        transformers model makes no cache of keys and values while it trains then. A second call takes the place of the first.
 
         Raises `DecisionError` for a pattern that decides about no module with parameters, for modules inside each other, for
         those that are never called (`ModuleList`), beside `place` and `quantize`; and, where memory is asked for,

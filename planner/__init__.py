@@ -4,6 +4,7 @@
 * `sharding` and `placing`: how a module is divided between ranks, or between one process's devices (`check_sharding`: its doors);
   `stages` of a pipeline, `experts` of a layer, and `local_parts`: what each rank holds of every tensor;
 * `quantizing`: which layers are quantized while they are built, and how;
+* `checkpointing`: which modules run again in the backward; `apart`: which layers are not alike for that, or for resharding;
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `workload` and `inference`: what it is built for.
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from ..planner.apart import told_apart
+from ..planner.apart import not_told, told_apart
 from ..planner.decisions import Decisions
 from ..planner.exchanges import attention_output
 from ..planner.kept import kept_with
@@ -42,6 +42,8 @@ def profile_of(build: Build, decisions: Decisions, training: Training) -> Profil
     if decisions.placing is not None or decisions.quantizing:
         return NoProfile(f"the plan {'places tensors on several devices' if decisions.placing else 'quantizes'}")
     if decisions.sharding is not None and (reason := not_profiled(decisions.sharding, training)) is not None:
+        return NoProfile(reason)
+    if (reason := not_told(decisions, build.graph)) is not None:
         return NoProfile(reason)
     known = kept_with(build)
     key = _key(build, decisions, training)

@@ -1,9 +1,9 @@
 """Layers that repeat, of which a trace runs the first three and the last: the others hand on what the first ones would.
 
-A *run* is a stretch of a list of layers that repeats every `period` layers: alike in class, tensors and settings, and in what the
-plan decides of them by themselves. Its repeats are *rounds*. A layer of a round in the middle is not run: each tensor that it would give is taken from among its arguments, where the
-next layer looks for it, so that the code around the layers goes on as before. What cannot be handed on in this way is found when
-it comes up (`CannotSkip`), and the trace begins again with every layer run.
+A *run* is a stretch of a list of layers that repeats every `period` layers: alike in class, tensors and settings, and in what a
+plan decides of each by itself. Its repeats are *rounds*. A layer of a round in the middle is not run: each tensor that it would
+give is taken from among its arguments, where the next layer looks for it, so that the code around the layers goes on as before.
+What cannot be handed on in this way is found when it comes up (`CannotSkip`), and the trace begins again with every layer run.
 """
 
 from __future__ import annotations

@@ -255,8 +255,14 @@ def unit(name: str, numel: int, reshard: bool | int = True) -> Unit:
     return Unit(name, (Part(f"{name}.weight".lstrip("."), numel, 4, 2),), reshard)
 
 
-def fsdp_step(reshard: bool | int = True, reduce_itemsize: int | None = 4, copies: int = 1) -> list[str]:
-    """What comes and goes in a step of a unit inside a whole, over 4 ranks: +- bytes with the first letters of their kinds."""
+def fsdp_step(
+    reshard: bool | int = True, reduce_itemsize: int | None = 4, copies: int = 1, whole: bool | int | None = None
+) -> list[str]:
+    """What comes and goes in a step of a unit inside a whole, over 4 ranks: +- bytes with the first letters of their kinds.
+
+    The whole reshards as the unit does, if `whole` is None.
+    """
+    around = reshard if whole is None else whole
     turns = [
         *(Mark("forward", ""), Mark("forward", "a"), Mark("forward ends", "a"), Mark("forward ends", "")),
         *(Mark("backward", ""), Mark("backward", "a"), Mark("backward ends", "a"), Mark("backward ends", "")),
@@ -264,7 +270,7 @@ def fsdp_step(reshard: bool | int = True, reduce_itemsize: int | None = 4, copie
     gradient = Allocation("gradient", 800, "cuda:0", "a.weight")
     parts: list[Mark | Stretch] = [*turns[:6], stretch([Event(0, 1)], (gradient,)), *turns[6:]]
     profile = Profile((gradient,), (Block(1, tuple(parts)),), (), early=frozenset({"a"}))
-    fsdp = Fsdp({"": unit("", 10, reshard), "a": unit("a", 100, reshard)}, 4, reduce_itemsize, copies)
+    fsdp = Fsdp({"": unit("", 10, around), "a": unit("a", 100, reshard)}, 4, reduce_itemsize, copies)
     (script,) = with_fsdp(profile, fsdp)
     steps = [step for part in script.parts if not isinstance(part, Stretch) for step in part.steps]
     return [f"{step.count * step.nbytes:+}{step.kind[0]}" if isinstance(step, Extra) else f"{step.count}g" for step in steps]
@@ -285,6 +291,8 @@ def test_fsdp_keeps_what_it_is_told_to() -> None:
     assert fsdp_step(reshard=False) == [*GATHERED, *FORWARD, "-800c", *REDUCED, "-80g", "-1600c"]
     half = ["+40g", "-80g", "-800c", "+40c", "+80c", "-40c", "+80g", "-40g", "-80c", "+400c", "+800c", "-400c", "+800g", "-400g"]
     assert fsdp_step(reshard=2) == [*GATHERED, *FORWARD, "+400g", "-800g", *half, "-800c", *REDUCED, "-80g", "-1600c"]
+    assert fsdp_step(False, whole=True) == [*GATHERED, *FORWARD, "-80g", "-800c", *GATHERED, "-80c", *REDUCED, "-80g", "-1600c"]
+    assert fsdp_step(True, whole=False) == [*GATHERED, *FORWARD, "-800g", "-800c", *BACKWARD, *REDUCED, "-80g", "-1600c"]
     assert fsdp_step(copies=2, reduce_itemsize=2)[-6:] == ["+400c", "-400c", "+400g", "-80g", "-800c", "-200c"]
 
 

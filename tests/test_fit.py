@@ -169,7 +169,7 @@ def test_numbers_that_follow_each_other_are_one_pattern() -> None:
 @pytest.mark.parametrize(
     ("plan", "cluster", "workload", "message"),
     [
-        (lambda: gp.trace(nn.Linear, 3, 4), "8GB", gp.Training(), "gp.Inference"),
+        (lambda: gp.trace(nn.Linear, 3, 4), "8GB", "training", "gp.Inference"),
         (lambda: gp.trace(nn.Linear, 3, 4).to("cuda"), "8GB", gp.Inference(), "moves to a device"),
         (lambda: gp.trace(nn.Linear, 3, 4).place({"*": "cpu"}), "8GB", gp.Inference(), "places tensors"),
         (lambda: gp.trace(nn.Linear, 3, 4), "2x8xH100-80GB", gp.Inference(), "2 nodes"),
