@@ -31,9 +31,12 @@ from .planner.cluster import Cluster
 from .planner.decisions import Decisions, groundplan_version
 from .planner.inference import Inference
 from .planner.memory import Memory
+from .planner.speeds import Speeds
+from .planner.step_time import StepTime
 from .planner.verdict import Verdict
 from .planner.workload import Training
 from .report import Report
+from .timing import measure_speeds
 from .tracer.errors import (
     CalibrationError,
     CheckpointError,
@@ -61,6 +64,7 @@ __all__ = [
     "lightning",
     "param_init_fn",
     "deepspeed_zero3",
+    "measure_speeds",
     "Plan",
     "ParamGraph",
     "Decisions",
@@ -71,6 +75,8 @@ __all__ = [
     "Verdict",
     "Verification",
     "Calibration",
+    "StepTime",
+    "Speeds",
     "Report",
     "Explanation",
     "GroundplanError",

@@ -34,7 +34,9 @@ Infer = Annotated[bool, typer.Option("--infer", help="Fit it to serving: reading
 Axes = Annotated[str | None, typer.Option(metavar="SIZES", help="Sizes of axes that are settled: tp=8, or dp_shard=4,tp=2.")]
 Tensor = Annotated[
     str | None,
-    typer.Option(metavar="RULES", help='Rules of a tensor axis: auto, none, or JSON such as \'{"layers.*.up": "colwise"}\'.'),
+    typer.Option(
+        metavar="RULES", help='Rules of a tensor axis: auto, infer, none, or JSON such as \'{"layers.*.up": "colwise"}\'.'
+    ),
 ]
 Offload = Annotated[
     bool | None, typer.Option("--offload/--no-offload", help="Shards in host memory: always, or never; else where it must be.")
@@ -174,7 +176,7 @@ def _itself(name: str, value: Any) -> Any:
 
 
 def _tensor(name: str, text: str) -> str | Mapping[str, str] | None:
-    if text in ("auto", "none"):
+    if text in ("auto", "infer", "none"):
         return None if text == "none" else text
     return options.rules(text)
 

@@ -42,7 +42,8 @@ Shard = Annotated[
     str | None, typer.Option(metavar="JSON", help="""Divide it between ranks: '{"dp": 8}', '{"dp_shard": 4, "tp": 2}'.""")
 ]
 Tensor = Annotated[
-    str | None, typer.Option(metavar="RULES", help='Tensor parallel rules: auto, or JSON such as \'{"layers.*.up": "colwise"}\'.')
+    str | None,
+    typer.Option(metavar="RULES", help='Tensor parallel rules: auto, infer, or JSON such as \'{"layers.*.up": "colwise"}\'.'),
 ]
 ComputeDtype = Annotated[str | None, typer.Option(metavar="DTYPE", help="FSDP computes in it; with --shard.")]
 ReduceDtype = Annotated[str | None, typer.Option(metavar="DTYPE", help="FSDP reduces gradients in it; with --shard.")]
@@ -125,7 +126,7 @@ def sharded(shard: str | None, tensor: str | None, compute_dtype: str | None, re
         return None
     arguments: dict[str, Any] = {name: dtype(option(name), value) for name, value in dtypes.items() if value is not None}
     if tensor is not None:
-        arguments["tensor"] = tensor if tensor == "auto" else rules(tensor)
+        arguments["tensor"] = tensor if tensor in ("auto", "infer") else rules(tensor)
     return Sharded(_object("--shard", shard, int, '{"dp": 8}'), arguments)
 
 

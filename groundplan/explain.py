@@ -112,12 +112,16 @@ def _candidates(lines: Sequence[CandidateLine]) -> Table:
     return table
 
 
-def explain(graph: ParamGraph, decisions: Decisions, name: str | None = None) -> Explanation:
+def explain(graph: ParamGraph, decisions: Decisions, name: str | None = None, left_whole: Sequence[str] = ()) -> Explanation:
     """How the tensor called `name` comes by its values, shape and dtype; or, without a name, every decision with its reason.
+
+    `left_whole` are lines on what inferred rules leave out.
 
     Raises `UnknownNameError` for a name that the graph does not have.
     """
-    return _explain_decisions(graph, decisions) if name is None else _explain_tensor(graph, decisions, graph.tensor(name))
+    if name is None:
+        return _explain_decisions(graph, decisions, left_whole)
+    return _explain_tensor(graph, decisions, graph.tensor(name))
 
 
 # -- one tensor ---------------------------------------------------------------------------------------------------------
@@ -243,10 +247,12 @@ def _position(position: StreamPosition, ops: Sequence[Op]) -> str:
 # -- every decision -----------------------------------------------------------------------------------------------------
 
 
-def _explain_decisions(graph: ParamGraph, decisions: Decisions) -> Explanation:
+def _explain_decisions(graph: ParamGraph, decisions: Decisions, left_whole: Sequence[str]) -> Explanation:
     fitted = decisions.fitted
     facts = [*(() if fitted is None else fit_facts(fitted)), *_facts(graph, decisions)]
     passages = tuple(Passage(f"{number}. {title}", lines) for number, (title, lines) in enumerate(_steps(graph, decisions), 1))
+    if left_whole:
+        passages += (Passage("left whole by the tensor axis, as a traced forward shows", tuple(left_whole)),)
     order = "in your order" if fitted is None else "in order"
     return Explanation(decisions.constructor, tuple(facts), f"steps after the constructor, {order}", passages, fitted)
 

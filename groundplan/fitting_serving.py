@@ -66,7 +66,9 @@ def _reasons(found: Serving) -> Iterator[Reason]:
         held[home] = held.get(home, 0) + unit.nbytes
     held = {home: nbytes for home, nbytes in held.items() if nbytes}
     shares = ", ".join(f"{human_bytes(nbytes)} of weights {_at(home)}" for home, nbytes in held.items())
-    yield Reason(what=f"consecutive layers: {shares}", why=f"no device has room for all {weights}, what running takes and a margin")
+    yield Reason(
+        what=f"consecutive layers: {shares}", why=f"no device has room for all {weights}, what running takes and a margin"
+    )
     if found.offloaded:
         yield Reason(
             what=f"{human_bytes(found.offloaded)} of the weights not on the devices",

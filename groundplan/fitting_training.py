@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,12 +24,14 @@ from .planner.fit_training import LEVELS, Allowed, Found, Layout, Search, Short,
 from .planner.fitted import Fitted, TrainingRecord
 from .planner.fitted_reasons import candidates, reasons
 from .planner.meshes import meshes
+from .planner.profile import NoProfile, Profile
 from .planner.sharding import ROLES, sharding
 from .planner.speeds import Speeds
 from .planner.tiers import Tier
 from .planner.verdict import MARGIN, Verdict
-from .planner.workload import Checkpointing, Training, check_choice, check_count
+from .planner.workload import Checkpointing, Training, check_choice
 from .runtime.profiles import profile_of
+from .tensor_axis import TensorAxis
 from .tracer.errors import DecisionError, FitError, MemoryRunError
 
 if TYPE_CHECKING:
@@ -105,9 +108,18 @@ class FitTraining:
             samples=best.layout.samples,
             reasons=tuple(reasons(best, with_earlier, found.search)),
             candidates=tuple(candidates(best, with_earlier)),
+            would_help=tuple(self._would_help(best)),
             proven=found.found.proven,
         )
         return best.decisions.model_copy(update={"fitted": record})
+
+    def _would_help(self, best: Tried) -> Iterator[str]:
+        """What the runtime does not carry out yet, where a plan has to run layers again or offload to fit."""
+        from .would_help import would_help
+
+        sharding = best.decisions.sharding
+        if best.decisions.checkpointing or (sharding is not None and sharding.offload):
+            yield from would_help(self, best.layout, best.decisions, best.memory.peak)
 
     def found(self) -> Checked | None:
         """What fits: with the whole margin, or else "tight"; without offload, or else with it."""
@@ -116,6 +128,10 @@ class FitTraining:
                 if (found := self.checked(self.layouts(offload), free)) is not None:
                     return found
         return None
+
+    @cached_property
+    def _tensor(self) -> TensorAxis:
+        return TensorAxis(self.plan, self.options.tensor, self.workload)
 
     @property
     def margin(self) -> float:
@@ -141,9 +157,10 @@ class FitTraining:
             deadline=None if limit is None else self.started + limit,
         )
         speeds = self.options.speeds or Speeds.of(self.cluster)
-        return Search(self.plan.graph, self.cluster, speeds, self._profile_of, allowed)
+        return Search(self.plan.graph, self.cluster, speeds, self.profile_of, allowed)
 
-    def _profile_of(self, decisions: Decisions, workload: Training) -> Any:
+    def profile_of(self, decisions: Decisions, workload: Training) -> Profile | NoProfile:
+        """What a plan's forward and backward allocate, or why that is not known."""
         return profile_of(self.plan._bound, decisions, workload)
 
     def checked(self, layouts: Sequence[Layout], free: float) -> Checked | None:
@@ -177,8 +194,7 @@ class FitTraining:
 
     def layouts(self, offload: bool) -> list[Layout]:
         """Every layout that is allowed, offloaded or not."""
-        rules = self._tensor_rules()
-        sizes = [size for size in range(1, max(len(self.cluster.devices), self.cluster.ranks) + 1) if size == 1 or rules]
+        sizes = self._tensor.sizes(len(self.cluster.devices) or self.cluster.ranks)
         return [
             Layout(axes, decided, workload)
             for decisions in self._stored()
@@ -186,7 +202,7 @@ class FitTraining:
             for compute in _several(self.options.compute_dtype)
             for reduce in _several(self.options.reduce_dtype)
             for axes in meshes(self.cluster, sizes, self.options.axes, sharded=offload or compute is not None)
-            if (decided := self._sharded(decisions, axes, rules, offload, compute, reduce)) is not None
+            if (decided := self._sharded(decisions, axes, offload, compute, reduce)) is not None
         ]
 
     def _stored(self) -> Iterator[Decisions]:
@@ -203,23 +219,10 @@ class FitTraining:
             if size % parts == 0:
                 yield replace(workload, batch_size=size // parts, accumulate=workload.accumulate * parts)
 
-    def _tensor_rules(self) -> tuple[Mapping[str, str], Literal["torch", "transformers"]] | None:
-        """The rules for the tensor axis: the user's, the model's own, or inferred ones."""
-        tensor = self.options.tensor
-        if tensor is None:
-            return None
-        if not isinstance(tensor, str):
-            return tensor, "torch"
-        try:
-            return self.plan._own_rules(tensor), "transformers"
-        except DecisionError:
-            return None
-
     def _sharded(
         self,
         decisions: Decisions,
         axes: Mapping[str, int],
-        rules: tuple[Mapping[str, str], Literal["torch", "transformers"]] | None,
         offload: bool,
         compute: torch.dtype | None,
         reduce: torch.dtype | None,
@@ -227,19 +230,22 @@ class FitTraining:
         """A layout's decisions; None where the model cannot be divided so."""
         if not axes:
             return decisions
-        divided = any(ROLES[name] == "tensor" for name in axes)
+        ranks = next((size for name, size in axes.items() if ROLES[name] == "tensor"), 1)
+        rules = self._tensor.rules(ranks) if ranks > 1 else None
+        if ranks > 1 and rules is None:
+            return None
         try:
             made = sharding(
                 axes,
                 self.plan.graph,
-                tensor=rules[0] if divided and rules is not None else None,
-                engine=rules[1] if divided and rules is not None else "torch",
+                tensor=None if rules is None else rules[0],
+                engine="torch" if rules is None else rules[1],
                 compute_dtype=compute,
                 reduce_dtype=reduce,
                 offload=offload,
             )
         except DecisionError:
-            if not divided:
+            if rules is None:
                 raise
             return None
         return decisions.shard(made)
@@ -256,8 +262,3 @@ class Checked:
 
 def _several(dtypes: Dtypes) -> list[torch.dtype | None]:
     return [dtypes] if dtypes is None or isinstance(dtypes, torch.dtype) else list(dtypes)
-
-
-def check_training(workload: Training) -> None:
-    """Raise `DecisionError` for a workload that says nothing of its size."""
-    check_count("batch_size", workload.batch_size)

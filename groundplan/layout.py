@@ -177,7 +177,7 @@ def checkpointing_lines(graph: ParamGraph, decisions: Decisions) -> Iterator[str
     """What each rule decides about."""
     matched = matched_modules(decisions.checkpointing, graph)
     for rule in decisions.checkpointing:
-        names = [name for name, found in matched.items() if found is rule]
+        names = [name for name, found in matched.items() if found == rule]
         yield f"{rule.pattern}: {_list(names)}: {_LEVELS[rule.level]}"
 
 

@@ -17,6 +17,7 @@ from .page_fit import fit
 from .page_memory import over_time, peak, phases
 from .page_parts import bar, bytes_cell, count_cell, heading, listing, section, swatch, table
 from .planner.records import dtype_name
+from .planner.step_time import StepTime
 from .planner.verdict import Room, Verdict
 from .report_text import WAY_OUT, decision_lines, header_lines
 from .shown import shortened
@@ -81,6 +82,9 @@ def _sections(report: Report) -> Iterator[Markup]:
         yield fit(report.decisions.fitted)
     if report.verdict is not None:
         yield _verdict(report.verdict)
+    if report.time is not None:
+        notes = report.time.notes if isinstance(report.time, StepTime) else ()
+        yield section("Step time, predicted", element("p", str(report.time)), listing(notes))
     yield from phases(report.memory)
     yield from over_time(report)
     yield peak(report.memory)

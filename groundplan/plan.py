@@ -15,6 +15,7 @@ from .forecast import Workload, forecast
 from .planner.allocator_config import AllocatorConfig
 from .planner.calibration import Calibration
 from .planner.check import check_decisions
+from .planner.check_sharding import check_axes
 from .planner.checkpointing import checkpoint_rules
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
@@ -100,7 +101,8 @@ class Plan:
         """What there is, in a form that prints well: tensors, init functions, bytes, memory.
 
         With a `workload` the memory is that of training or serving, with a `cluster` it says as well whether that fits
-        (`Memory.fits`). `tier` and `allocator` are as in `memory`, and raise the same; `calibration` is as in `Memory.fits`.
+        (`Memory.fits`), and with both how long a step of training takes (`step_time`). `tier` and `allocator` are as in `memory`,
+        and raise the same; `calibration` is as in `Memory.fits`.
 
         >>> print(trace(torch.nn.Linear, 3, 4).report())  # doctest: +ELLIPSIS
         torch.nn.modules.linear.Linear
@@ -111,9 +113,8 @@ class Plan:
         if calibration is not None and cluster is None:
             raise DecisionError("calibration= is for saying whether it fits; say what: report(cluster=..., calibration=...)")
         found = self.memory(workload, tier=tier, allocator=allocator, cluster=cluster)
-        return Report(
-            self.graph, self.decisions, found, None if cluster is None else found.fits(cluster, calibration=calibration)
-        )
+        verdict = None if cluster is None else found.fits(cluster, calibration=calibration)
+        return Report(self.graph, self.decisions, found, verdict, self._time(workload, cluster))
 
     def explain(self, name: str | None = None) -> Explanation:
         """One tensor's recipe with its source lines; without a name, every decision with its reason.
@@ -127,7 +128,7 @@ class Plan:
         bias
         ...
         """
-        return explain(self.graph, self.decisions, name)
+        return explain(self.graph, self.decisions, name, self._left_whole() if name is None else ())
 
     def memory(
         self,
@@ -181,7 +182,7 @@ class Plan:
         is said by a `cluster`, from its devices' datasheets and published shares of their peaks, or by `speeds`, as
         `gp.measure_speeds()` measures them on a machine, which goes before. What FSDP2 gathers and reduces, and DDP's buckets, go
         on beside the computation; collectives of tensor parallelism are waited for. Times are good for comparing plans: a
-        published step of Llama 3.1 8B on 8 H100 takes as long as is said here within a third (docs/decisions/027).
+        published step of Llama 3.1 8B on 8 H100 takes a quarter longer than is said here (docs/decisions/027).
 
         Raises `DecisionError` without a cluster or speeds, for a cluster with fewer devices than the plan has ranks, for a plan
         of the CPU on devices of CUDA or the other way round, for axes other than replicate, shard and tensor ones, and where
@@ -262,6 +263,7 @@ class Plan:
         experts: str | Sequence[str] | None = None,
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
+        workload: Workload | None = None,
     ) -> Plan:
         """Divide the module between the ranks of a mesh: `{"dp": 8}`, or `{"dp_replicate": 2, "dp_shard": 4, "tp": 2}`.
 
@@ -277,27 +279,39 @@ class Plan:
         `colwise_gather_output`, `rowwise_split_input`, `embedding_rowwise`, `embedding_colwise`), or `"auto"`, a transformers
         model's own `tp_plan`.
 
+        `"infer"` finds such rules in the module's own forward, run once on fake tensors: linear layers whose outputs reach one
+        other linear layer through ops that work on each part by itself, be they elementwise or attention over heads, are divided
+        by columns, and that one by rows; a vocabulary's embedding and head stand alone. What is found is divided by torch and run
+        as one rank of many: where ops, shapes or gradients then differ, as in code that counts heads by a plain number, the layer
+        stays whole. The forward gets the inputs of `workload`, else a few made as for `memory`.
+
         Pipeline, context and expert axes (`pp`, `cp`, `ep`, as torchtitan has them), `sequence_parallel` and `loss_parallel` are
-        for `memory` and `report`: `materialize` raises, and `meta_module` is what your own code shards then. FSDP divides along
+        for `memory` and `report`: `materialize` raises, and `meta_module` is what your own code shards then. `memory` counts
+        activations under all of them; along `ep` it takes tokens to be spread evenly over the experts. FSDP divides along
         `dp_shard` and `cp` as one axis. `ep` takes its ranks from `dp_shard`, `cp` and `tp`, so that it adds none: experts are
-        divided along it, and by FSDP between the ranks that are left. `experts` are patterns of the parameters, modules or lists
-        that hold them; None takes the model's own `ep_plan`, or finds them beside a router.
+        divided along it, and by FSDP, as units by themselves, between the ranks that are left. `experts` are patterns of the
+        parameters, modules or lists that hold them; None takes the model's own `ep_plan`, or finds them beside a router.
 
         Along `pp` layers are divided by count; `stages` says how many stages there are, how many layers each has, or what each
         holds (`[["embed", "layers.0"], ["layers.1", "head"]]`, torchtitan's `module_fqns_per_model_part`). `schedule` is `1f1b`,
         `gpipe` or `interleaved1f1b`; `microbatches` a rank's batch is divided into, as many as there are stages if None.
 
-        Raises `DecisionError` for axes, units, rules, stages or experts that do not fit the module, quoting the values.
+        Raises `DecisionError` for axes, units, rules, stages or experts that do not fit the module, quoting the values, and for
+        `"infer"` where nothing can be divided, saying why of each kind of layer; `MemoryRunError` where forward looks at values.
 
         >>> plan = trace(torch.nn.Transformer, 16, 2, 2, 2, 32).shard({"dp": 4})
         >>> plan.decisions.sharding.units
         ('encoder.layers.*', 'decoder.layers.*')
+        >>> mlp = lambda: torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+        >>> plan = trace(mlp).shard({"tp": 2}, tensor="infer")
+        >>> {rule.pattern: rule.style for rule in plan.decisions.sharding.tensor}
+        {'0': 'colwise', '2': 'rowwise'}
         >>> plan = trace(torch.nn.Sequential, *(torch.nn.Linear(4, 4) for _ in range(5))).shard({"pp": 2}, microbatches=8)
         >>> plan.decisions.sharding.pipeline.stages
         (('0', '1', '2'), ('3', '4'))
         """
-        engine: Literal["torch", "transformers"] = "transformers" if isinstance(tensor, str) else "torch"
-        rules = self._own_rules(tensor) if isinstance(tensor, str) else tensor
+        engine: Literal["torch", "transformers"] = "transformers" if tensor == "auto" else "torch"
+        rules = self._found_rules(tensor, axes, workload) if isinstance(tensor, str) else tensor
         made = sharding(
             axes,
             self.graph,
@@ -323,9 +337,9 @@ class Plan:
         A pattern matches the names of modules component by component, `*` within one, `0-11` for numbers; the first match wins.
         `"full"` keeps a module's inputs alone, `"selective"` besides what attention, reduce-scatter and every other matrix
         product give (torchtitan's policy), `"none"` nothing else than without. What `materialize` and `gp.materialize` build does
-        it by itself, with `torch.utils.checkpoint`: names, values, losses, gradients and random numbers are those of the module
-        without; every tier of `memory`, and `verify`, go by it. A transformers model makes no cache of keys and values while it
-        trains then. A second call takes the place of the first.
+        it by itself, with `torch.utils.checkpoint`: names, values, losses and random numbers are those of the module without, and
+        so are gradients, but for rounding where autograd adds several up. Every tier of `memory`, and `verify`, go by it. A
+        transformers model makes no cache of keys and values while it trains then. A second call takes the place of the first.
 
         Raises `DecisionError` for a pattern that decides about no module with parameters, for modules inside each other, for
         those that are never called (`ModuleList`), beside `place` and `quantize`; and, where memory is asked for,
@@ -406,7 +420,7 @@ class Plan:
         room where that takes more. `materialize` carries the plan out, and `explain` says why it is as it is.
 
         The rest is for what you want to decide yourself. `axes` gives sizes of axes: `{"tp": 8}`. `tensor` is as in `shard`, None
-        forbids a tensor axis; `"auto"` is a transformers model's own plan, or one that is inferred. `offload` True or False
+        forbids a tensor axis; `"auto"` is a transformers model's own plan, or else one that is inferred. `offload` True or False
         forces or forbids that shards and optimizer state live in host memory; None takes it where nothing fits otherwise and the
         cluster says how much host memory there is. `checkpointing` is the levels that are allowed, all three if None, as is
         `Training(checkpointing=...)` unless it is `"none"`. `dtype` is what weights may be cast to, `compute_dtype` and
@@ -457,15 +471,35 @@ class Plan:
             },
         )
 
-    def _own_rules(self, tensor: str) -> Mapping[str, str]:
+    def _found_rules(self, tensor: str, axes: Mapping[str, int], workload: Workload | None) -> Mapping[str, str]:
+        """The rules that are not the user's: the model's own, or those that a traced forward shows."""
+        if tensor == "auto":
+            return self._own_rules()
+        if tensor != "infer":
+            raise DecisionError(f'tensor={tensor!r} is neither "auto" nor "infer" nor a mapping of patterns to styles')
+        from .runtime.tensor_rules import inferred_rules
+
+        check_axes(axes)
+        ranks = next((size for name, size in axes.items() if ROLES[name] == "tensor"), None)
+        if ranks is None:
+            raise DecisionError(f'tensor="infer" is for a tensor axis, and {", ".join(axes)} is none; add "tp" to the axes')
+        return inferred_rules(self._bound, self.decisions, ranks, workload)
+
+    def _left_whole(self) -> Sequence[str]:
+        """What inferred rules of tensor parallelism leave out, and why, where they were found in this process."""
+        if self.decisions.sharding is None or not self.decisions.sharding.tensor:
+            return ()
+        from .runtime.tensor_rules import left_whole
+
+        return left_whole(self._bound, self.decisions)
+
+    def _own_rules(self) -> Mapping[str, str]:
         """The tensor parallel plan that a transformers model brings along."""
-        if tensor != "auto":
-            raise DecisionError(f'tensor={tensor!r} is neither "auto" nor a mapping of patterns to styles')
         rules = getattr(self.meta_module(), "tp_plan", None)
         if not rules:
             raise DecisionError(
-                f'{self.decisions.constructor} has no tensor parallel plan of its own (tp_plan), which tensor="auto" means; give '
-                'one, such as tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"}'
+                f'{self.decisions.constructor} has no tensor parallel plan of its own (tp_plan), which tensor="auto" means; say '
+                'tensor="infer", or give one, such as tensor={"layers.*.up": "colwise", "layers.*.down": "rowwise"}'
             )
         return dict(rules)
 
@@ -682,6 +716,15 @@ class Plan:
         from .verification import verified
 
         return verified(self, workload, steps, seed, checkpoint, saving, keep, mesh, timeout)
+
+    def _time(self, workload: Workload | None, cluster: Cluster | str | None) -> StepTime | str | None:
+        """How long a step takes, or why that is not known; None where nobody asks."""
+        if cluster is None or not isinstance(workload, Training):
+            return None
+        try:
+            return self.step_time(workload, cluster)
+        except DecisionError as error:
+            return str(error)
 
     def _workload_of(self, workload: Workload | None) -> Workload | None:
         """The one that is asked about, or else the one that the plan was fitted to."""

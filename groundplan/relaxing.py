@@ -16,6 +16,7 @@ from .planner.memory import human_bytes
 from .planner.optimizers import state_pieces
 from .planner.rank_memory import rank_parts
 from .tracer.errors import DecisionError
+from .would_help import would_help
 
 if TYPE_CHECKING:
     from .fitting_training import FitTraining
@@ -51,7 +52,9 @@ def nothing_fits(question: FitTraining) -> str:
     listed = "".join(f"\n  - {way}" for way in ways)
     would = f"What fits, tried:{listed}" if ways else "No single change or pair of changes that was tried makes it fit"
     asked = f"nothing fits {question.cluster} for {_workload(question)}"
-    return f"{asked}: {_held(question, nearest)}.\nThe nearest is {describe_short(nearest)}.\n{would}"
+    helps = list(would_help(question, nearest.layout, nearest.layout.decisions, nearest.memory.peak))
+    not_yet = f"\nWould help, but is not carried out yet: {'; '.join(helps)}" if helps else ""
+    return f"{asked}: {_held(question, nearest)}.\nThe nearest is {describe_short(nearest)}.\n{would}{not_yet}"
 
 
 def _nearest(short: Sequence[Short]) -> Short:
@@ -70,9 +73,9 @@ def _held(question: FitTraining, nearest: Short) -> str:
     """What weights, gradients and optimizer state of a rank come to, whatever the layers do."""
     layout = nearest.layout
     _, parameters = rank_parts(question.plan.graph, layout.decisions, layout.workload)
-    weights = sum(each.nbytes for each in parameters)
+    weights = sum(each.nbytes for each in parameters.each)
     state = sum(nbytes for pieces in state_pieces(layout.workload.optimizer, None, parameters) for _, nbytes in pieces)
-    dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in parameters})
+    dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in parameters.kinds})
     return (
         f"each rank of {layout.describe()} has {human_bytes(weights)} of {' and '.join(dtypes)} weights to train, as much in "
         f"gradients, and {human_bytes(state)} of {layout.workload.optimizer} state"

@@ -20,6 +20,7 @@ from .planner.memory import Memory
 from .planner.ranks_alike import RanksAlike, ranks_alike
 from .planner.records import dtype_name
 from .planner.series import Series
+from .planner.step_time import StepTime
 from .planner.verdict import Verdict
 from .report_text import sections
 from .shown import Shown, write_atomically
@@ -53,6 +54,7 @@ class Report(Shown):
     decisions: Decisions
     memory: Memory
     verdict: Verdict | None = None
+    time: StepTime | str | None = None
 
     # -- other forms ----------------------------------------------------------------------------------------------------
 
@@ -80,6 +82,7 @@ class Report(Shown):
             "peak": self.memory.peak,
             "ranks": [_rank_json(each) for each in self.rank_classes] if self.memory.ranks > 1 else [],
             "verdict": None if self.verdict is None else self.verdict.to_json(),
+            "step_time": self.time.to_json() if isinstance(self.time, StepTime) else self.time,
             "notes": list(self.notes),
         }
         if path is not None:

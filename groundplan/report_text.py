@@ -17,6 +17,7 @@ from .layout import checkpointing_line, layout_line
 from .planner.decisions import Cast, Decisions, Move
 from .planner.memory import Memory
 from .planner.records import dtype_name
+from .planner.step_time import StepTime
 from .planner.verdict import Verdict
 from .shown import bullets, heading, shortened
 from .tensor_table import tensor_table
@@ -51,6 +52,7 @@ def sections(report: Report, width: int) -> Iterator[RenderableType]:
     yield from _uninitialized(report.graph)
     yield from _memory(report.memory)
     yield from _verdict(report.verdict)
+    yield from _time(report.time)
     if report.notes:
         yield heading("notes")
         yield from bullets(report.notes, style="dim")
@@ -185,6 +187,14 @@ def _memory(memory: Memory) -> Iterator[RenderableType]:
     yield heading("memory")
     yield grid
     yield from bullets([peak_line(memory)], mark=" ")
+
+
+def _time(time: StepTime | str | None) -> Iterator[RenderableType]:
+    """How long a step takes, with what that takes for granted."""
+    if time is not None:
+        yield heading("step time, predicted")
+        yield from bullets([str(time)])
+        yield from bullets(time.notes if isinstance(time, StepTime) else (), style="dim")
 
 
 def _verdict(verdict: Verdict | None) -> Iterator[RenderableType]:

@@ -6,7 +6,8 @@ from .planner.changes import HOST
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions
 from .planner.profile import NoProfile
-from .planner.rank_memory import computing_device, rank_parts
+from .planner.held import computing_device
+from .planner.rank_memory import rank_parts
 from .planner.speeds import Speeds
 from .planner.step_time import StepTime, check_timed, step_time
 from .planner.workload import Training
@@ -28,7 +29,7 @@ def step_time_of(
     if isinstance(profile, NoProfile):
         raise DecisionError(f"the time of a step is not known: {profile.reason}")
     fsdp, parameters = rank_parts(build.graph, decisions, workload)
-    return step_time(profile, decisions.sharding, fsdp, parameters, workload, chosen)
+    return step_time(profile, decisions.sharding, fsdp, parameters.each, workload, chosen)
 
 
 def _speeds(build: Build, decisions: Decisions, cluster: Cluster | str | None, speeds: Speeds | None) -> Speeds:
@@ -48,3 +49,21 @@ def _speeds(build: Build, decisions: Decisions, cluster: Cluster | str | None, s
     if not on_cpu and not machine.devices:
         raise DecisionError(f'the plan is for CUDA, and {machine} has no devices; say plan.to("cpu") first')
     return speeds or Speeds.of(machine)
+
+
+def measure_speeds(device: str | None = None) -> Speeds:
+    """Measure this machine for `plan.step_time(workload, speeds=...)`: some seconds on every rank.
+
+    With a process group (`torchrun`) every rank makes the same call, and all of them get the same figures, which hold for as many
+    ranks: of each collective, too. Without one it is this process alone. `device` is `"cuda"` or `"cpu"`; None is CUDA, where
+    there is one. Nothing else should run meanwhile but what runs in training. Random generators are left alone.
+
+    Raises `DecisionError` for another device.
+
+    >>> speeds = measure_speeds("cpu")
+    >>> speeds.flops_of("float32").at(1e6) > 0
+    True
+    """
+    from .runtime.measured_speeds import measure_speeds as measured
+
+    return measured(device)

@@ -4,14 +4,16 @@
 * `sharding` and `placing`: how a module is divided between ranks, or between one process's devices (`check_sharding`: its doors);
   `stages` of a pipeline, `experts` of a layer, and `local_parts`: what each rank holds of every tensor;
 * `quantizing`: which layers are quantized while they are built, and how;
+* `checkpointing`: which modules run again in the backward; `apart`: which layers are not alike for that, or for resharding;
 * `cluster`: what a model is built on, of devices that `catalog` knows (`devices.toml`), each number with its source;
 * `workload` and `inference`: what it is built for.
 
 What that takes is `memory`'s noun, and `estimate` has the verbs that find it out, by `tiers`; each has `assumptions`:
 
-* T0, the closed form: `construct` (of building), `rank_memory` (of one rank), `training_memory` (what training adds, with what
-  `optimizers` take: `optimizer`, `adam`, `muon`), all of it as `changes`; activations by `activity`, from a `profile` of the
-  module, by `step_form` and `fsdp_form` (`fsdp_units`), `schedules` and `pipeline_memory`, `exchanges` inside a layer;
+* T0, the closed form: `construct` (of building), `rank_memory` (of one rank, by what is `held`: of tensors that are `alike`,
+  once), `training_memory` (what training adds, with what `optimizers` take: `optimizer`, `adam`, `muon`), all of it as `changes`;
+  activations by `activity`, from a `profile` of the module, by `step_form` and `fsdp_form` (`fsdp_units`), `schedules` and
+  `pipeline_memory`, `exchanges` inside a layer;
 * T1: `allocations`, what a run of the step without memory allocated and released; `rank_runs`: one run for each class of ranks
   (`ranks_alike`); `inference_memory` (`inference_parts`: of plans that shard, place, quantize) and `cuda_left_out`;
 * T2: `allocator`, what PyTorch's CUDA caching allocator reserves for a sequence of `allocator_events`, set by an

@@ -12,6 +12,8 @@ from ..tracer.graph import ParamGraph
 from .checkpointing import levels_of
 from .decisions import Decisions
 from .fsdp_units import reshard_of
+from .kept import kept_with
+from .placing import owners
 from .sharding import Sharding
 
 Told = tuple[str, int]
@@ -23,13 +25,14 @@ def told_apart(decisions: Decisions, graph: ParamGraph) -> Mapping[str, Told]:
 
     Which resharding it is does not matter, only which units share one: plans that differ in no more have one profile.
     """
-    levels = levels_of(decisions.checkpointing, graph)
-    numbers = _reshardings(decisions.sharding, graph)
-    found: dict[str, Told] = {}
-    for module in graph.modules if levels or numbers else ():
-        told = levels.get(module.name, "none"), numbers.get(module.name, 0)
-        if told != ("none", 0):
-            found |= dict.fromkeys(module.names, told)
+    levels, numbers = levels_of(decisions.checkpointing, graph), _reshardings(decisions.sharding, graph)
+    if not levels and not any(numbers.values()):
+        return {}
+    known, key = kept_with(graph), ("apart", tuple(levels.items()), tuple(numbers.items()))
+    if key not in known:
+        told = {module: (levels.get(module.name, "none"), numbers.get(module.name, 0)) for module in graph.modules}
+        known[key] = {name: each for module, each in told.items() if each != ("none", 0) for name in module.names}
+    found: Mapping[str, Told] = known[key]
     return found
 
 
@@ -38,3 +41,18 @@ def _reshardings(sharding: Sharding | None, graph: ParamGraph) -> dict[str, int]
         return {}
     numbers: dict[bool | int, int] = {}
     return {unit: numbers.setdefault(reshard_of(sharding, unit), len(numbers)) for unit in sharding.unit_names(graph)}
+
+
+def not_told(decisions: Decisions, graph: ParamGraph) -> str | None:
+    """Why a profile does not say what such decisions take, in words; None where it does.
+
+    A unit within a module that runs again is gathered for that, and freed, before the backward comes to it.
+    """
+    sharding, levels = decisions.sharding, levels_of(decisions.checkpointing, graph)
+    if not levels or sharding is None or not sharding.shards:
+        return None
+    for unit in sharding.unit_names(graph):
+        around = next((owner for owner in owners(unit) if owner in levels), None)
+        if around is not None:
+            return f"{around} runs again in the backward, with {unit} in it, which FSDP gathers by itself: checkpoint the units"
+    return None

@@ -43,7 +43,14 @@ def _profile_notes(profile: Profile | NoProfile | None, workload: Training, what
 
 
 def _axes_notes(sharding: Sharding) -> Iterator[str]:
-    """What is taken for granted of pipelines and context axes."""
+    """What is taken for granted of the axes inside a layer, and of pipelines."""
+    if sharding.size("tensor") > 1 and sharding.sequence_parallel:
+        yield "what lies between divided layers is divided along the sequence, and gathered once for a module's layers by columns"
+    if sharding.size("tensor") > 1 and sharding.loss_parallel:
+        yield "logits stay divided along the vocabulary, and so does what the loss keeps (torch's loss_parallel)"
+    if sharding.size("expert") > 1:
+        yield "tokens are taken to be spread evenly over the experts: a rank that more of them are sent to takes more"
+        yield "experts are units of FSDP by themselves; an exchange takes twice the rows that a rank sends, and their order"
     if sharding.pipeline is not None:
         yield "a pipeline's stages receive, keep and send as torch.distributed.pipelining does, without returning outputs"
     if sharding.size("context") > 1:

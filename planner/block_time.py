@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from .fsdp_form import Fsdp, Part, Unit
 from .profile import Block, Mark, Profile, Stretch
 from .sharding import Role, Sharding
 from .speeds import Speeds
-from .work_time import Group, computing, talking
+from .work import Collective
+from .work_time import ALONE, Group, computing, talking
 
 BUCKET = 25 * 2**20
 """Bytes of gradients that DDP reduces at once: torch/nn/parallel/distributed.py `bucket_cap_mb`."""
@@ -27,9 +29,9 @@ class Talking:
     """Who talks to whom: FSDP's units and how the mesh lies, or that gradients are reduced whole, by DDP."""
 
     fsdp: Fsdp | None = None
-    shard: Group = Group()
-    replicate: Group = Group()
-    tensor: Group = Group()
+    shard: Group = ALONE
+    replicate: Group = ALONE
+    tensor: Group = ALONE
     ddp: bool = False
 
     @classmethod
@@ -48,7 +50,7 @@ def _group(sharding: Sharding, role: Role) -> Group:
         if axis.role == role:
             return Group(axis.size, stride)
         stride *= axis.size
-    return Group()
+    return ALONE
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def block_time(block: Block, profile: Profile, talking_to: Talking, speeds: Spee
 class _Sent:
     """Something on its way beside the computation, in `pieces`; `copied` bytes are read and written on the device for it."""
 
-    kind: str
+    kind: Collective | Literal["transfer"]
     nbytes: float
     group: Group
     copied: float = 0.0
@@ -112,9 +114,7 @@ class _Sent:
 def _seconds(sent: _Sent, speeds: Speeds) -> float:
     if sent.kind == "transfer":
         return sent.nbytes / (speeds.host or speeds.memory.at(sent.nbytes))
-    kind = sent.kind
-    assert kind == "all-gather" or kind == "reduce-scatter" or kind == "all-reduce"
-    return sent.pieces * talking(kind, sent.nbytes / sent.pieces, sent.group, speeds)
+    return sent.pieces * talking(sent.kind, sent.nbytes / sent.pieces, sent.group, speeds)
 
 
 def _sent(block: Block, profile: Profile, talking_to: Talking) -> Iterator[_Sent]:
@@ -143,9 +143,8 @@ def _at_mark(mark: Mark, unit: Unit, profile: Profile, talking_to: Talking, fsdp
     """The turns of `fsdp_form.py`, where parameters are gathered and gradients reduced."""
     if mark.turn == "forward":
         yield from gathered(unit, talking_to.shard, fsdp)
-    elif mark.turn == "backward" and reshards(fsdp, unit) is not False:
-        rest = reshards(fsdp, unit)
-        group = talking_to.shard if isinstance(rest, bool) else Group(rest, talking_to.shard.stride)
+    elif mark.turn == "backward" and unit.reshard is not False:
+        group = talking_to.shard if unit.reshard is True else Group(unit.reshard, talking_to.shard.stride)
         yield from gathered(unit, group, fsdp)
     elif mark.turn == "backward ends" and unit.name in profile.early:
         yield from reduced(unit, talking_to, fsdp)
@@ -154,16 +153,11 @@ def _at_mark(mark: Mark, unit: Unit, profile: Profile, talking_to: Talking, fsdp
             yield from reduced(late, talking_to, fsdp, times)
 
 
-def reshards(fsdp: Fsdp, unit: Unit) -> bool | int:
-    """Whether a unit's parameters are freed after its forward, or between how many ranks they stay divided."""
-    return unit.reshard
-
-
 def gathered(unit: Unit, group: Group, fsdp: Fsdp) -> Iterator[_Sent]:
     """What is read and written on the way: a rank's part, and the whole as it is copied out of the buffer."""
     whole = unit.gathered * fsdp.ranks
     if fsdp.offload:
-        yield _Sent("transfer", sum(part.numel * part.itemsize for part in unit.parts), Group())
+        yield _Sent("transfer", sum(part.numel * part.itemsize for part in unit.parts), ALONE)
     if group.ranks > 1:
         yield _Sent("all-gather", whole, group, copied=2 * unit.gathered + 2 * whole)
 
@@ -177,7 +171,7 @@ def reduced(unit: Unit, talking_to: Talking, fsdp: Fsdp, times: int = 1) -> Iter
     if fsdp.copies > 1:
         yield _Sent("all-reduce", sent, talking_to.replicate, pieces=times)
     if fsdp.offload:
-        yield _Sent("transfer", times * sum(part.numel * part.itemsize for part in unit.parts), Group())
+        yield _Sent("transfer", times * sum(part.numel * part.itemsize for part in unit.parts), ALONE)
 
 
 def _sent_itemsize(part: Part, fsdp: Fsdp) -> int:

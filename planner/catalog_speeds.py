@@ -25,8 +25,8 @@ MEMORY = 0.80
 GB/s 239.6."""
 
 LINK = 0.80
-"""Of NVLink in one direction: "360 GB/s is exactly what we'd expect on H100" of 450 (github.com/NVIDIA/nccl-tests, issue 326), 235
-of an A100's 300 (github.com/stas00/ml-engineering, network)."""
+"""Of NVLink in one direction: "360 GB/s is exactly what we'd expect on H100" of 450 (github.com/NVIDIA/nccl-tests, issue 326),
+235 of an A100's 300 (github.com/stas00/ml-engineering, network)."""
 
 NETWORK = 0.92
 """Of a network card: "you should see 46-48GB/s per NIC" of 50 (github.com/NVIDIA/nccl-tests, issue 290)."""
@@ -79,7 +79,7 @@ def speeds_of(cluster: Cluster) -> Speeds:
         between=_between(device, cluster),
         host=PCIE * (device.pcie or _stand_in().pcie or 0.0),
         host_memory=HOST_MEMORY / len(cluster.devices),
-        notes=tuple([*notes, *_link_notes(device, cluster)]),
+        notes=(*notes, *_link_notes(device, cluster)),
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
 from .experts import check_experts, experts_of
-from .sharding import NEVER_CALLED, ROLES, TORCH_STYLES, Sharding, cut_of, matches, parameters_by_module
+from .kept import kept
+from .sharding import NEVER_CALLED, ROLES, TORCH_STYLES, Sharding, TensorRule, cut_of, matches, parameters_by_module
 from .stages import check_pipeline
 
 _ORDER = ("pipeline", "replicate", "shard", "context", "tensor")
@@ -100,6 +101,7 @@ def _check_tensor_options(sharding: Sharding) -> None:
         raise DecisionError(f'{given[0]}=True goes with tensor parallelism, and {sharding.describe()} has no such axis; add "tp"')
 
 
+@kept
 def _check_module(graph: ParamGraph) -> None:
     if not any(module.name == "" for module in graph.modules):
         roots = ", ".join(sorted({module.name.partition(".")[0] for module in graph.modules}))
@@ -118,9 +120,14 @@ def _check_units(sharding: Sharding, graph: ParamGraph) -> None:
         raise DecisionError(f"reshard of {patterns} is for FSDP, and {sharding.describe()} has no axis to shard along")
     if sharding.units and not sharding.shards:
         raise DecisionError(f"units={list(sharding.units)} are for FSDP, and {sharding.describe()} has no axis to shard along")
+    _check_patterns(graph, sharding.units)
+
+
+@kept
+def _check_patterns(graph: ParamGraph, units: tuple[str, ...]) -> None:
     names = {module.name: module.type for module in graph.modules}
     holding = parameters_by_module(graph)
-    for pattern in sharding.units:
+    for pattern in units:
         found = [name for name in names if matches(pattern, name)]
         if not found:
             raise DecisionError(f"the unit {pattern!r} matches no module{nearest(pattern, names)}")
@@ -163,6 +170,11 @@ def _cut_text(cut: Any) -> str:
 
 def _check_fsdp(sharding: Sharding, graph: ParamGraph) -> None:
     _check_reshard(sharding, graph)
+    _check_dims(graph)
+
+
+@kept
+def _check_dims(graph: ParamGraph) -> None:
     for tensor in graph.parameters:
         if not tensor.shape:
             raise DecisionError(
@@ -203,11 +215,17 @@ def _check_rules(sharding: Sharding, graph: ParamGraph) -> None:
         raise DecisionError(f'tensor= gives rules, and {sharding.describe()} has no tensor axis; add "tp" to the axes')
     if axis is not None and not sharding.tensor and axis.size > 1:
         raise DecisionError(f'the axis {axis.name}={axis.size} needs rules: tensor={{"layers.*.up": "colwise", ...}}, or "auto"')
+    if sharding.engine == "torch":  # transformers' plan of a class of models names layers that some of them do not have
+        _check_rules_of_torch(graph, sharding.tensor)
+    if axis is not None:
+        _check_divisible(sharding, graph, axis.size)
+
+
+@kept
+def _check_rules_of_torch(graph: ParamGraph, rules: tuple[TensorRule, ...]) -> None:
     modules = [module.name for module in graph.modules]
     own = parameters_by_module(graph)
-    for rule in sharding.tensor:
-        if sharding.engine == "transformers":
-            continue  # the plan of a class of models names layers that some of them do not have
+    for rule in rules:
         if rule.style not in TORCH_STYLES:
             raise DecisionError(
                 f"no style is called {rule.style!r} (known: {', '.join(TORCH_STYLES)}){nearest(rule.style, TORCH_STYLES)}; "
@@ -219,8 +237,6 @@ def _check_rules(sharding: Sharding, graph: ParamGraph) -> None:
         bare = next((name for name in found if not own.get(name)), None)
         if bare is not None:
             raise DecisionError(f"the rule {rule.pattern!r} matches {bare}, which holds no parameters of its own")
-    if axis is not None:
-        _check_divisible(sharding, graph, axis.size)
 
 
 def _check_divisible(sharding: Sharding, graph: ParamGraph, size: int) -> None:

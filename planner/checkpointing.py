@@ -89,7 +89,7 @@ def check_checkpointing(rules: Rules, graph: ParamGraph) -> None:
     matched = matched_modules(rules, graph)
     types = {module.name: module.type for module in graph.modules}
     for rule in rules:
-        if not any(found is rule for found in matched.values()):
+        if rule not in matched.values():
             raise DecisionError(_no_match(rule, matched, graph))
     for name, rule in matched.items():
         if types[name] in NEVER_CALLED:
@@ -113,8 +113,8 @@ def _check_apart(matched: Mapping[str, CheckpointRule]) -> None:
         around = next((owner for owner in owners(name) if owner in matched), None)
         if around is not None:
             raise DecisionError(
-                f"{name}, by {matched[name].pattern!r}, lies within {around}, by {matched[around].pattern!r}, and would run again "
-                "with it: name one of them"
+                f"{name}, by {matched[name].pattern!r}, lies within {around}, by {matched[around].pattern!r}, and would run "
+                "again with it: name one of them"
             )
 
 

@@ -11,7 +11,7 @@ What the user asked for is a list of steps in the order of the calls:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -279,13 +279,17 @@ def cast_dtype(tensor: TensorNode, cast: Cast) -> torch.dtype:
     return tensor.dtype if target is None else target
 
 
+def dtype_after(tensor: TensorNode, casts: Sequence[Cast]) -> torch.dtype:
+    """The dtype of `tensor`, as the constructor left it, after one cast and the next."""
+    dtype = tensor.dtype
+    for cast in casts if castable(tensor) else ():
+        dtype = cast.dtype_for(tensor.names) or dtype
+    return dtype
+
+
 def final_dtype(tensor: TensorNode, decisions: Decisions) -> torch.dtype:
     """The dtype of `tensor` in the finished module."""
-    dtype = tensor.dtype
-    for step in decisions.steps:
-        if isinstance(step, Cast) and castable(tensor):
-            dtype = step.dtype_for(tensor.names) or dtype
-    return dtype
+    return dtype_after(tensor, decisions.casts)
 
 
 def final_device(tensor: TensorNode, storage: Storage, decisions: Decisions) -> str:

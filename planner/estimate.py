@@ -6,22 +6,25 @@ running sum, and the tensors that make the peak are those resident at that momen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..tracer.graph import ParamGraph
 from .activity import trained
+from .alike import alike
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .assumptions import closed_notes, rank_notes, run_notes
-from .changes import HOST, Change
+from .changes import HOST, Changes
 from .construct import Walk, memory_device
 from .cuda_left_out import left_out_of
 from .decisions import Decisions, final_device, final_dtype
+from .held import computing_device
+from .kept import kept
 from .local_parts import distinct_ranks
 from .memory import Binding, Memory, run_phase
 from .optimizer import Trained
 from .profile import NoProfile, Profile
-from .rank_memory import computing_device, copied_to_host, rank_timelines, staged
+from .rank_memory import copied_to_host, rank_timelines, staged
 from .replayed_run import is_cuda
 from .training_memory import Stepped, hidden_names
 from .workload import Training
@@ -49,7 +52,7 @@ def memory(
         ranks = distinct_ranks(decisions.sharding)
         return max((_of_rank(graph, decisions, workload, profile, rank) for rank in ranks), key=lambda each: each.peak)
     timelines = timelines_of(graph, decisions, workload, profile=profile)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
+    by_device = {phase: changes.peaks() or {HOST: 0} for phase, changes in timelines.items()}
     left_out = _left_out(workload, profile, by_device, "activations")
     notes = tuple(closed_notes(decisions, workload, profile, computing_device(graph, decisions)))
     return Memory(by_device, _binding(by_device, timelines), notes, left_out=left_out, changes=timelines)
@@ -61,7 +64,7 @@ def timelines_of(
     workload: Training | None,
     rank: int = 0,
     profile: Profile | NoProfile | None = None,
-) -> dict[str, list[Change]]:
+) -> dict[str, Changes]:
     """What `memory` adds up: the allocations and releases of each phase, on one rank of a sharded plan."""
     known = profile if isinstance(profile, Profile) else None
     if _is_of_a_rank(decisions):
@@ -82,7 +85,7 @@ def _of_rank(
 ) -> Memory:
     """The same for one rank of a sharded plan, or the one process of a plan that places tensors or quantizes."""
     timelines = timelines_of(graph, decisions, workload, rank, profile)
-    by_device = {phase: _peaks(changes) or {HOST: 0} for phase, changes in timelines.items()}
+    by_device = {phase: changes.peaks() or {HOST: 0} for phase, changes in timelines.items()}
     return Memory(
         by_device,
         _binding(by_device, timelines),
@@ -104,7 +107,12 @@ def _left_out(
         return ()
     if not isinstance(profile, Profile):
         return without
-    return left_out_of(each.op for each in profile.allocations) if any(map(is_cuda, by_device["step"])) else ()
+    return _left_out_of(profile) if any(map(is_cuda, by_device["step"])) else ()
+
+
+@kept
+def _left_out_of(profile: Profile) -> tuple[str, ...]:
+    return left_out_of(each.op for each in profile.allocations)
 
 
 def _communicators(decisions: Decisions) -> int:
@@ -123,27 +131,27 @@ def _communicators(decisions: Decisions) -> int:
 
 def _timelines(
     graph: ParamGraph, decisions: Decisions, workload: Training | None, walk: Walk, profile: Profile | None
-) -> dict[str, list[Change]]:
-    weights = walk.resident()
-    found = {"construct": walk.changes, "load": [*weights, *staged(weights)]}
-    state: list[Change] = []
+) -> dict[str, Changes]:
+    weights = Changes.of(walk.resident())
+    found = {"construct": Changes.of(walk.changes), "load": weights + staged(weights)}
+    state = Changes()
     if workload is not None:
-        stepped = list(_stepped(graph, decisions, workload))
+        stepped = alike(_stepped(graph, decisions, workload))
         phases, state = trained(graph, weights, stepped, workload, profile, computing_device(graph, decisions))
         found.update(phases)
-    saved = [*weights, *state]
-    found["checkpoint"] = [*saved, *copied_to_host(each for each in saved if each.device != HOST)]
+    saved = weights + state
+    found["checkpoint"] = saved + copied_to_host(saved, besides=HOST)
     return found
 
 
-def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Iterator[Stepped]:
+def _stepped(graph: ParamGraph, decisions: Decisions, workload: Training) -> Iterator[tuple[str, Stepped]]:
     storages = {storage.index: storage for storage in graph.storages}
-    hidden = hidden_names(graph) if workload.optimizer == "muon" else set()
+    hidden = hidden_names(graph) if workload.optimizer == "muon" else frozenset()
     for tensor in graph.parameters:
         device = memory_device(final_device(tensor, storages[tensor.view.storage], decisions))
         if tensor.requires_grad and device != "meta":
             trained = Trained(device, tensor.shape, final_dtype(tensor, decisions), tensor.name in hidden)
-            yield Stepped(trained, Change(device, tensor.name, trained.nbytes))
+            yield tensor.name, Stepped(trained, trained.nbytes)
 
 
 # -- tier T1 ------------------------------------------------------------------------------------------------------------
@@ -191,31 +199,16 @@ def _worse(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
 # -- peaks --------------------------------------------------------------------------------------------------------------
 
 
-def _peaks(changes: Iterable[Change]) -> dict[str, int]:
-    now: dict[str, int] = {}
-    peaks: dict[str, int] = {}
-    for device, _, nbytes in changes:
-        now[device] = held = now.get(device, 0) + nbytes
-        if held > peaks.get(device, 0):
-            peaks[device] = held
-    return peaks | {device: 0 for device in now if device not in peaks}
-
-
-def _binding(by_device: Mapping[str, Mapping[str, int]], timelines: Mapping[str, Sequence[Change]]) -> Binding:
+def _binding(by_device: Mapping[str, Mapping[str, int]], timelines: Mapping[str, Changes]) -> Binding:
     places = [(phase, device) for phase, devices in by_device.items() for device in devices]
     phase, device = max(places, key=lambda place: by_device[place[0]][place[1]])
     peak = by_device[phase][device]
-    return Binding(phase, device, peak, _tensors_at_peak(timelines.get(phase, ()), device, peak))
+    held = timelines.get(phase, Changes()).tensors_at(device, peak)
+    return Binding(phase, device, peak, _largest(held))
 
 
-def _tensors_at_peak(changes: Iterable[Change], device: str, peak: int) -> tuple[tuple[str, int], ...]:
-    held: dict[str, int] = {}
-    now = 0
-    for change in changes:
-        if now == peak:
-            break
-        if change.device == device:
-            now += change.nbytes
-            held[change.tensor] = held.get(change.tensor, 0) + change.nbytes
-    ranked = sorted(((name, nbytes) for name, nbytes in held.items() if nbytes), key=lambda pair: (-pair[1], pair[0]))
-    return tuple(ranked[:_SHOWN_TENSORS])
+def _largest(held: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The largest that are shown, by size and then by name."""
+    least = min(sorted(held.values(), reverse=True)[:_SHOWN_TENSORS], default=0)
+    shown = ((name, nbytes) for name, nbytes in held.items() if nbytes and nbytes >= least)
+    return tuple(sorted(shown, key=lambda pair: (-pair[1], pair[0]))[:_SHOWN_TENSORS])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
+from .kept import kept
 from .sharding import holding_parameters, matches, parameters_by_module, repeated_layers
 
 
@@ -23,11 +24,16 @@ class Expert(NamedTuple):
     number: int | None = None
 
 
-def experts_of(patterns: Sequence[str], graph: ParamGraph) -> dict[str, Expert]:
+def experts_of(patterns: Sequence[str], graph: ParamGraph) -> Mapping[str, Expert]:
     """What each parameter under the patterns is of, by each of its names; raises `DecisionError` where that cannot be told.
 
     A pattern names stacked parameters, the module that has them, the list of experts, or each of its modules.
     """
+    return _experts(graph, tuple(patterns))
+
+
+@kept
+def _experts(graph: ParamGraph, patterns: tuple[str, ...]) -> Mapping[str, Expert]:
     found: dict[str, Expert] = {}
     modules = [module.name for module in graph.modules]
     for pattern in patterns:
@@ -56,6 +62,26 @@ def _experts_under(name: str, graph: ParamGraph) -> dict[str, Expert]:
         shapes = ", ".join(f"{each} {list(parameters[each].shape)}" for each in inner[:3])
         raise DecisionError(f"{name} is to hold experts, and its parameters do not have them along dim 0: {shapes or 'none'}")
     return dict.fromkeys(inner, Expert(counts.pop()))
+
+
+def expert_modules(patterns: Sequence[str], graph: ParamGraph) -> list[str]:
+    """The modules that hold the experts and are called: what FSDP gathers by itself, as it is between other ranks."""
+    modules, parameters, lists = {module.name for module in graph.modules}, _parameters(graph), _lists(graph)
+    found: dict[str, None] = {}
+    for name in (*modules, *parameters):
+        if any(matches(pattern, name) for pattern in patterns):
+            found |= dict.fromkeys(lists.get(name, [name if name in modules else name.rpartition(".")[0]]))
+    return list(found)
+
+
+def homes_of_experts(patterns: Sequence[str], graph: ParamGraph) -> list[str]:
+    """The modules whose code calls the experts: those around them, or around the list that they are in."""
+    lists = _lists(graph)
+    found: dict[str, None] = {}
+    for name in expert_modules(patterns, graph):
+        around = name.rpartition(".")[0]
+        found[around.rpartition(".")[0] if around in lists else around] = None
+    return list(found)
 
 
 def _stacked(name: str, tensor: TensorNode) -> int:

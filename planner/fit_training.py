@@ -25,13 +25,14 @@ from .cluster import Cluster
 from .decisions import Decisions
 from .estimate import memory
 from .fsdp_form import Fsdp, with_fsdp
-from .kept import kept_with
+from .held import computing_device
+from .kept import kept
 from .layer_choices import Pass, Pure, keys_chosen, layer_classes, moments
 from .memory import Memory
 from .mixed import NoMix, check_mixable, mixed, rounds_of
 from .placing import ranges
 from .profile import NoProfile, Profile
-from .rank_memory import computing_device, rank_parts
+from .rank_memory import rank_parts
 from .sharding import ReshardRule, matches, repeated_layers
 from .speeds import Speeds
 from .step_form import peak_of, plain
@@ -276,7 +277,7 @@ class Search:
         decisions = decided(self.graph, layout.decisions, profile, does)
         found = memory(self.graph, decisions, layout.workload, profile)
         fsdp, parameters = rank_parts(self.graph, decisions, layout.workload)
-        taken = step_time(profile, decisions.sharding, fsdp, parameters, layout.workload, self.speeds)
+        taken = step_time(profile, decisions.sharding, fsdp, parameters.each, layout.workload, self.speeds)
         return Tried(layout, decisions, found, found.fits(self.cluster, self.allowed.margin), taken, does, proven)
 
     def _pure(self, layout: Layout, profile: Profile, does: Does) -> Pure:
@@ -381,11 +382,8 @@ def _of_layers(graph: ParamGraph, profile: Profile, rounds: Sequence[Sequence[Do
     return found
 
 
-def _layers(graph: ParamGraph) -> list[str]:
+@kept
+def _layers(graph: ParamGraph) -> Sequence[str]:
     """The names of all layers that repeat, in order."""
-    known = kept_with(graph)
-    if _layers not in known:
-        patterns = repeated_layers(graph)
-        known[_layers] = [each.name for each in graph.modules if any(matches(pattern, each.name) for pattern in patterns)]
-    found: list[str] = known[_layers]
-    return found
+    patterns = repeated_layers(graph)
+    return [each.name for each in graph.modules if any(matches(pattern, each.name) for pattern in patterns)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from .fit_training import ALIKE, Does, Found, Search, Short, Tried
+from .fit_training import ALIKE, LEVELS, Does, Found, Search, Short, Tried
 from .fitted import Candidate, Reason
 from .memory import human_bytes
 from .step_time import human_seconds
@@ -56,32 +56,31 @@ def _why_mesh(best: Tried, found: Found) -> str:
 
 def _why_layers(best: Tried, search: Search) -> Iterator[Reason]:
     """Of checkpointing and of what stays gathered: how many layers, and what there would be without."""
-    doing = Counter(each for run in best.does for each in run)
-    for does, count in doing.items():
-        rules = [rule.pattern for rule in best.decisions.checkpointing if rule.level == does.level]
-        if does.level != "none":
-            yield Reason(what=f"{does.level} checkpointing of {', '.join(rules)}", why=_without(best, search, count))
+    doing = Counter(each.level for run in best.does for each in run)
+    for level in LEVELS[:-1]:
+        rules = [rule.pattern for rule in best.decisions.checkpointing if rule.level == level]
+        if rules:
+            yield Reason(what=f"{level} checkpointing of {', '.join(rules)}", why=_without(best, search))
     kept = [] if best.decisions.sharding is None else [rule.pattern for rule in best.decisions.sharding.reshard_rules]
     if kept:
         yield Reason(
             what=f"{', '.join(kept)} stay gathered between forward and backward",
             why="there is room for them, and they need not be gathered again",
         )
-    if all(each.level == "none" for each in doing) and doing:
+    if list(doing) == ["none"]:
         yield Reason(what="no checkpointing", why=f"everything that layers keep fits: {best.verdict.binding.describe()}")
 
 
-def _without(best: Tried, search: Search, count: int) -> str:
+def _without(best: Tried, search: Search) -> str:
     """What a step would come to if no layer ran again."""
     found = search.uniform(best.layout, Does("none"))
     if found is None:
-        return f"{count} layers run again in the backward, so that it fits"
+        return "so that it fits"
     room = search.shortest(found.verdict)
     lacks = "" if room is None else f", {human_bytes(max(search.missing(found.verdict), 0))} more than there is in {room.place}"
-    return (
-        f"without, a step takes {human_bytes(found.memory.phases['step'])}{lacks}; running again costs "
-        f"{human_seconds(max(best.time.total - found.time.total, 0.0))} a step"
-    )
+    more = best.time.total - found.time.total
+    cost = f"running again costs {human_seconds(more)} a step" if more > 0 else "communication hides that layers run again"
+    return f"without, a step takes {human_bytes(found.memory.phases['step'])}{lacks}; {cost}"
 
 
 def _why_offload(found: Found) -> str:

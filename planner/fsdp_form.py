@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 from .allocations import Kind
+from .kept import kept
 from .profile import Event, Mark, Profile, Stretch
 from .step_form import Extra, Script, between
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What a rank holds of a parameter: elements with their padding, and bytes of one as it is kept, and as it is gathered."""
 
     name: str
@@ -32,7 +34,7 @@ class Part:
     gathered_itemsize: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unit:
     """Parameters that are gathered, and whose gradients are reduced, together; `reshard` is `reshard_after_forward`."""
 
@@ -40,7 +42,7 @@ class Unit:
     parts: tuple[Part, ...]
     reshard: bool | int = True
 
-    @property
+    @cached_property
     def gathered(self) -> int:
         """Bytes of this rank's part in the dtype that it is gathered in."""
         return sum(part.numel * part.gathered_itemsize for part in self.parts)
@@ -56,7 +58,8 @@ class Fsdp:
 
     `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of the axis that gradients are reduced
     along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu` says that collectives are gloo's,
-    which copies what it is given.
+    which copies what it is given. `apart` are the numbers of ranks of those units that lie between others than the rest, as
+    experts do, by their names.
     """
 
     units: Mapping[str, Unit]
@@ -66,6 +69,11 @@ class Fsdp:
     offload: bool = False
     accumulates: bool = False
     on_cpu: bool = False
+    apart: Mapping[str, int] = field(default_factory=dict)
+
+    def ranks_of(self, unit: Unit) -> int:
+        """Between how many ranks a unit is divided."""
+        return self.apart.get(unit.name, self.ranks)
 
 
 def with_fsdp(profile: Profile, fsdp: Fsdp) -> list[Script]:
@@ -74,7 +82,7 @@ def with_fsdp(profile: Profile, fsdp: Fsdp) -> list[Script]:
     Of layers that repeat, what is added in the one that stands for others is the same for each of them: units alike are of one
     size and one resharding (`apart.py`), and each finds and leaves the same buffers.
     """
-    turns = _Turns(fsdp, profile, _gradients(profile, fsdp))
+    turns = _Turns(fsdp, profile, _gradients(profile))
     found = []
     for block in profile.blocks:
         turns.times = block.times
@@ -83,14 +91,10 @@ def with_fsdp(profile: Profile, fsdp: Fsdp) -> list[Script]:
     return found
 
 
-def _gradients(profile: Profile, fsdp: Fsdp) -> dict[str, dict[str, int]]:
-    """For each unit the whole gradients of its parameters, as indices of allocations, by name; those that the profile has."""
-    owners = {part.name: unit.name for unit in fsdp.units.values() for part in unit.parts}
-    found: dict[str, dict[str, int]] = {name: {} for name in fsdp.units}
-    for index, each in enumerate(profile.allocations):
-        if each.kind == "gradient" and each.name in owners:
-            found[owners[each.name]][each.name] = index
-    return found
+@kept
+def _gradients(profile: Profile) -> Mapping[str, int]:
+    """The whole gradients of parameters, as indices of allocations, by name; those that the profile has."""
+    return {each.name: index for index, each in enumerate(profile.allocations) if each.kind == "gradient"}
 
 
 _BUFFER: Kind = "communication buffer"
@@ -103,7 +107,7 @@ class _Turns:
 
     fsdp: Fsdp
     profile: Profile
-    gradients: Mapping[str, Mapping[str, int]]
+    gradients: Mapping[str, int]
     times: int = 1
     times_of: dict[str, int] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
@@ -142,7 +146,7 @@ class _Turns:
             yield self._buffer(self.last_gathered, -1)
         yield self._whole(unit)
         self.gathering.discard(unit.name)
-        self.last_gathered = unit if self.fsdp.ranks > 1 else None
+        self.last_gathered = unit if self.fsdp.ranks_of(unit) > 1 else None
 
     def _after_forward(self, unit: Unit) -> Iterator[_Step]:
         if unit.parts:
@@ -167,7 +171,7 @@ class _Turns:
             if unit.name in self.larger:
                 self.larger.discard(unit.name)
                 yield self._more(unit, -1)
-            if self.fsdp.ranks > 1:
+            if self.fsdp.ranks_of(unit) > 1:
                 yield self._buffer(unit, -1)
             self.gathering.discard(unit.name)
         place = len(self.order) - 1 - self.order[::-1].index(unit.name) if unit.name in self.order else 0
@@ -176,25 +180,24 @@ class _Turns:
 
     def _reduce(self, unit: Unit) -> Iterator[_Step]:
         """`post_backward`: what a unit has gathered goes, and its gradients are reduced."""
-        gradients = self.gradients[unit.name]
         if unit.name in self.whole:
             yield self._freed(unit)
         yield from self._drop_last()
         self.reduced.add(unit.name)
-        parts = tuple(part for part in unit.parts if part.name in gradients)
+        parts = tuple(part for part in unit.parts if part.name in self.gradients)
         if parts:
             sent = sum(part.numel * self._sent_itemsize(part) for part in parts)
-            self.last_reduced = Extra(_BUFFER, self._label(unit), sent * self.fsdp.ranks)
+            self.last_reduced = Extra(_BUFFER, self._label(unit), sent * self.fsdp.ranks_of(unit))
             yield self.last_reduced
-            yield from (Event(gradients[part.name], -1) for part in parts)
+            yield from (Event(self.gradients[part.name], -1) for part in parts)
             yield from self._scatter(replace(unit, parts=parts), sent)
 
     def _scatter(self, unit: Unit, sent: int) -> Iterator[_Step]:
         """`foreach_reduce`: what comes out of a reduce-scatter becomes this rank's gradients."""
         fsdp, made = self.fsdp, Extra(_BUFFER, self._label(unit), sent)
         yield made
-        if fsdp.on_cpu and fsdp.ranks > 1:
-            yield from _passing(Extra("temporary", self._label(unit), sent * fsdp.ranks))
+        if fsdp.on_cpu and self.fsdp.ranks_of(unit) > 1:
+            yield from _passing(Extra("temporary", self._label(unit), sent * self.fsdp.ranks_of(unit)))
         reduced = made
         if any(part.itemsize != self._sent_itemsize(part) for part in unit.parts):
             made = Extra(_BUFFER, self._label(unit), sum(part.numel * part.itemsize for part in unit.parts))
@@ -202,8 +205,8 @@ class _Turns:
         converted = made is not reduced
         stays = fsdp.copies > 1 and (converted or fsdp.accumulates or fsdp.offload)  # `_all_reduce_state`, if it is no gradient
         if stays:
-            self.kept.append(replace(reduced, count=self.times))
-        yield from (replace(each, count=-1) for each in ([reduced] if not stays else []) + ([made] if converted else []))
+            self.kept.append(reduced.times(self.times))
+        yield from (each.times(-1) for each in ([reduced] if not stays else []) + ([made] if converted else []))
         if not fsdp.offload and not fsdp.accumulates:
             yield from (Extra("gradient", part.name, part.numel * part.itemsize) for part in unit.parts)
 
@@ -213,18 +216,18 @@ class _Turns:
             if name not in self.reduced and (name in self.order or name in self.whole):
                 yield from (_times(step, self.times_of[name]) for step in self._reduce(self.fsdp.units[name]))
         yield from self._drop_last()
-        yield from (replace(each, count=-each.count) for each in self.kept)
+        yield from (each.times(-1) for each in self.kept)
 
     def _drop_last(self) -> Iterator[_Step]:
         if self.last_reduced is not None:
-            yield replace(self.last_reduced, count=-1)
+            yield self.last_reduced.times(-1)
             self.last_reduced = None
 
     # -- parameters -----------------------------------------------------------------------------------------------------
 
     def _gather(self, unit: Unit) -> Iterator[_Step]:
         """`foreach_all_gather`: this rank's part, converted or copied to the device, and the buffer that all parts come into."""
-        if unit.name in self.gathering or self.fsdp.ranks == 1:
+        if unit.name in self.gathering or self.fsdp.ranks_of(unit) == 1:
             return
         self.gathering.add(unit.name)
         copied = unit.gathered if unit.is_converted or self.fsdp.offload else 0
@@ -234,26 +237,27 @@ class _Turns:
         yield taken
         yield self._buffer(unit, 1)
         if self.fsdp.on_cpu:
-            yield from _passing(Extra("temporary", self._label(unit), unit.gathered * self.fsdp.ranks))
-        yield replace(taken, count=-1)
+            yield from _passing(Extra("temporary", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit)))
+        yield taken.times(-1)
 
     def _buffer(self, unit: Unit, count: int) -> Extra:
-        return Extra(_BUFFER, self._label(unit), unit.gathered * self.fsdp.ranks, count)
+        return Extra(_BUFFER, self._label(unit), unit.gathered * self.fsdp.ranks_of(unit), count)
 
     def _whole(self, unit: Unit) -> Extra:
         self.whole.add(unit.name)
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks)
+        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit))
 
     def _freed(self, unit: Unit) -> Extra:
         self.whole.discard(unit.name)
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks, -1)
+        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks_of(unit), -1)
 
     def _keeps_more(self, unit: Unit) -> bool:
         """Whether a larger part than a rank's own stays after the forward: `reshard` is the number of ranks that share it."""
-        return not isinstance(unit.reshard, bool) and unit.reshard != self.fsdp.ranks
+        return not isinstance(unit.reshard, bool) and unit.reshard != self.fsdp.ranks_of(unit)
 
     def _more(self, unit: Unit, count: int) -> Extra:
-        return Extra("gathered parameter", self._label(unit), unit.gathered * self.fsdp.ranks // int(unit.reshard), count)
+        nbytes = unit.gathered * self.fsdp.ranks_of(unit) // int(unit.reshard)
+        return Extra("gathered parameter", self._label(unit), nbytes, count)
 
     def _sent_itemsize(self, part: Part) -> int:
         return self.fsdp.reduce_itemsize or part.gathered_itemsize
@@ -263,8 +267,8 @@ class _Turns:
 
 
 def _passing(extra: Extra) -> tuple[Extra, Extra]:
-    return extra, replace(extra, count=-1)
+    return extra, extra.times(-1)
 
 
 def _times(step: _Step, times: int) -> _Step:
-    return replace(step, count=step.count * times)
+    return step.times(times) if isinstance(step, Extra) else Event(step.allocation, step.count * times)

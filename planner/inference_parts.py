@@ -17,9 +17,10 @@ from ..tracer.graph import ParamGraph
 from .allocations import FIRST_STEP, START, Allocation, Kind, Moment, Timeline
 from .changes import HOST
 from .decisions import Decisions, final_dtype
+from .held import computing_device
 from .placing import DISK, Placing, device_map
 from .quantizing import quantized_names
-from .rank_memory import computing_device, is_ddp, weights_of
+from .rank_memory import is_ddp, weights_of
 from .sharding import Sharding, parameters_by_module
 
 _BUCKET = "DDP's bucket"

@@ -14,7 +14,7 @@ from functools import cached_property
 from ..tracer.graph import ParamGraph, TensorNode
 from .experts import Expert, experts_of
 from .sharding import Cut, Sharding
-from .stages import stages_of
+from .stages import stages_by_name
 
 
 def coordinate_of(sharding: Sharding, rank: int) -> dict[str, int]:
@@ -98,11 +98,11 @@ class LocalParts:
         return cls(sharding, graph, coordinate_of(sharding, rank))
 
     @cached_property
-    def _cuts(self) -> dict[str, Cut]:
+    def _cuts(self) -> Mapping[str, Cut]:
         return self.sharding.cuts(self.graph)
 
     @cached_property
-    def _experts(self) -> dict[str, Expert]:
+    def _experts(self) -> Mapping[str, Expert]:
         return {} if self.sharding.axis("expert") is None else experts_of(self.sharding.experts, self.graph)
 
     def cut(self, tensor: TensorNode) -> Cut | None:
@@ -124,8 +124,13 @@ class LocalParts:
         return self.sharding.shards
 
     def is_divided(self, tensor: TensorNode) -> bool:
-        """Whether it is a DTensor on its ranks: FSDP, the tensor or the expert axis divides it."""
+        """Whether it is a DTensor on its ranks: FSDP, the tensor or the expert axis divides it, or what lies between is divided.
+
+        `SequenceParallel` makes DTensors of parameters that every rank has whole.
+        """
         expert = self.expert(tensor)
+        if self.sharding.sequence_parallel and tensor.kind == "parameter":
+            return True
         return self.is_sharded(tensor) or self.cut(tensor) is not None or (expert is not None and expert.number is None)
 
     def stages(self) -> tuple[int, ...]:
@@ -138,7 +143,7 @@ class LocalParts:
     def shape(self, tensor: TensorNode, first: bool = False) -> tuple[int, ...] | None:
         """The shape of what this rank holds of it, None for nothing; with `first`, of what the first of FSDP's ranks holds."""
         pipeline = self.sharding.pipeline
-        if pipeline is not None and not set(stages_of(tensor, pipeline)) & set(self.stages()):
+        if pipeline is not None and not set(stages_by_name(self.graph, pipeline.stages)[tensor.name]) & set(self.stages()):
             return None
         sharded, expert = self.is_sharded(tensor), self.expert(tensor)
         if expert is not None:

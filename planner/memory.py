@@ -11,7 +11,7 @@ from ..tracer.errors import GroundplanError
 from .allocations import FIRST_OPTIMIZER, OPTIMIZER, Allocation, Timeline
 from .allocator_events import Usage
 from .calibration import Calibration
-from .changes import Change
+from .changes import Changes
 from .cluster import Cluster, cluster_of
 from .replayed_run import Allocator, ReplayedRun
 from .series import Series, series_of_changes, series_of_run
@@ -80,7 +80,7 @@ class Memory:
     reserved: Mapping[str, Mapping[str, Usage]] = field(default_factory=dict)
     allocator: Allocator | None = None
     replayed: ReplayedRun | None = field(default=None, repr=False, compare=False)
-    changes: Mapping[str, Sequence[Change]] = field(default_factory=dict, repr=False, compare=False)
+    changes: Mapping[str, Changes] = field(default_factory=dict, repr=False, compare=False)
     distinct: tuple[int, ...] = (0,)
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -19,7 +20,7 @@ STEP_BYTES = 4
 """A count of steps: a float32 scalar (torch/optim/optimizer.py `_get_scalar_dtype`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trained:
     """A parameter that an optimizer steps: what one rank holds of it, on `device`.
 
@@ -33,13 +34,23 @@ class Trained:
     hidden: bool = False
     whole: tuple[int, ...] | None = None
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @cached_property
+    def together(self) -> Hashable:
+        """The same for parameters that foreach kernels take together."""
+        return self.device, self.dtype
+
+    @cached_property
+    def matrices_apart(self) -> Hashable:
+        """The same, and besides whether it is a matrix."""
+        return self.device, self.dtype, len(self.shape) > 1
 
     @property
     def divided(self) -> bool:
@@ -116,7 +127,7 @@ class Optimizer(ABC):
 
         torch/optim/optimizer.py `_default_to_fused_or_foreach`.
         """
-        on_cuda = all(each.device.startswith("cuda") for each in parameters)
+        on_cuda = all(device.startswith("cuda") for device in {each.device for each in parameters})
         return "foreach" if on_cuda and "foreach" in self.implementations else "for-loop"
 
     def check(self, parameters: Iterable[Trained]) -> None:  # noqa: B027
@@ -139,5 +150,5 @@ def groups(parameters: Sequence[Trained], *, by_dim: bool = False) -> list[list[
     """Positions by device and dtype, as `_group_tensors_by_device_and_dtype` has them; `by_dim` keeps matrices apart."""
     found: dict[object, list[int]] = {}
     for position, each in enumerate(parameters):
-        found.setdefault((each.device, each.dtype, by_dim and len(each.shape) > 1), []).append(position)
+        found.setdefault(each.matrices_apart if by_dim else each.together, []).append(position)
     return list(found.values())

@@ -5,14 +5,15 @@ Counted op by op where they really run (`tests/test_work.py` does so again).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .optimizer import Implementation, Trained
 from .optimizers import OPTIMIZERS
 from .speeds import Rate, Speeds
-from .work_time import op_seconds
 from .work import Op
+from .work_time import op_seconds
 
 
 class Passes(NamedTuple):
@@ -58,9 +59,11 @@ def optimizer_seconds(
     chosen = implementation or OPTIMIZERS[name].default(parameters)
     passes = PASSES[name, chosen]
     memory = Rate.of(speeds.host_memory) if on_host and speeds.host_memory is not None else speeds.memory
+    sizes = Counter(parameter.nbytes for parameter in parameters)
+    once = sum(count * nbytes / memory.at(3 * nbytes) for nbytes, count in sizes.items() if nbytes)  # an op has three operands
     device = ops = 0.0
     for each in (passes, *([CLIPPING] if clips else [])):
-        device += sum(each.accesses * parameter.nbytes / memory.at(3 * parameter.nbytes or 1) for parameter in parameters)
+        device += each.accesses * once
         ops += each.ops * len(parameters) * speeds.launch
     if name == "muon":
         device += sum(_newton_schulz(parameter, speeds) for parameter in parameters if parameter.hidden)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..tracer.errors import DecisionError
 from .adam import Adam, AdamW, AdamW8bit
+from .alike import Alike
 from .muon import Muon
 from .optimizer import STEP_BYTES, Implementation, Locals, Optimizer, Piece, Trained, groups
 
@@ -131,7 +132,7 @@ def check_implementation(optimizer: str, implementation: Implementation | None) 
 
 
 def state_pieces(
-    optimizer: str, implementation: Implementation | None, parameters: Sequence[Trained]
+    optimizer: str, implementation: Implementation | None, parameters: Alike[Trained]
 ) -> tuple[list[Piece], list[Piece]]:
     """The optimizer's state after a step: what is on each parameter's device, and what is in host memory.
 
@@ -139,15 +140,16 @@ def state_pieces(
     step"). Raises `DecisionError` for parameters that the optimizer cannot step.
 
     >>> import torch
-    >>> state_pieces("adamw", None, [Trained("cuda:0", (4, 8), torch.float32)])
+    >>> from .alike import alike
+    >>> state_pieces("adamw", None, alike([("weight", Trained("cuda:0", (4, 8), torch.float32))]))
     ([(0, 256)], [(0, 4)])
     """
     known = OPTIMIZERS[optimizer]
-    known.check(parameters)
-    fused = (implementation or known.default(parameters)) == "fused"
-    state = [(position, known.state(each)) for position, each in enumerate(parameters)]
-    counts = [(position, STEP_BYTES) for position, each in enumerate(parameters) if known.counts(each)]
-    on_host = [(0, known.group_bytes)] if known.group_bytes and parameters else []
+    known.check(parameters.kinds)
+    fused = (implementation or known.default(parameters.kinds)) == "fused"
+    state = list(enumerate(parameters.column(known.state).tolist()))
+    counts = [(position, STEP_BYTES) for position, counts in enumerate(parameters.column(known.counts).tolist()) if counts]
+    on_host = [(0, known.group_bytes)] if known.group_bytes and len(parameters) else []
     return [*state, *(counts if fused else [])], [*on_host, *([] if fused else counts)]
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .changes import Change
+from .changes import Change, Changes
 from .exchanges import fsdp_in_pipeline
 from .fsdp_form import Fsdp
+from .kept import kept
 from .profile import Mark, Profile, Stretch, Sums
 from .schedules import Load, in_flight, peak_of_rank, receive_buffers
 from .sharding import Pipeline
@@ -27,8 +28,8 @@ class Step(NamedTuple):
 
 
 def pipeline_activity(
-    profile: Profile, pipeline: Pipeline, ranks: int, rank: int, gradients: Sequence[Change], device: str, fsdp: Fsdp | None
-) -> list[Change]:
+    profile: Profile, pipeline: Pipeline, ranks: int, rank: int, gradients: Changes, device: str, fsdp: Fsdp | None
+) -> Changes:
     """What the rank's stages hold while a step goes on: receive buffers, micro-batches in flight, and gradients, which stay.
 
     `rank` is the one along the pipeline. Under FSDP whole parameters and gradients are there as well (`fsdp_in_pipeline`).
@@ -40,34 +41,44 @@ def pipeline_activity(
     count = in_flight(pipeline.schedule, ranks, rank, pipeline.microbatches, len(own))
     held = [(f"{count} micro-batches in flight", max(0, peak - made))]
     if fsdp is None:
-        return [*_buffers(pipeline, own, profile.passed, device), *gradients, *_passing(held, device)]
+        return _buffers(pipeline, own, profile.passed, device) + gradients + _passing(held, device)
     held.append(("whole parameters and gradients of the stages", _whole(fsdp)))
-    return [*_buffers(pipeline, own, profile.passed, device), *_passing(held, device), *gradients]
+    return _buffers(pipeline, own, profile.passed, device) + _passing(held, device) + gradients
 
 
-def _buffers(pipeline: Pipeline, own: Sequence[int], passed: int, device: str) -> Iterator[Change]:
+def pipeline_inputs(profile: Profile, pipeline: Pipeline, ranks: int, rank: int, device: str) -> Changes:
+    """The inputs of a step: of all micro-batches on the ranks of the first and the last stage, which are given them as one batch.
+
+    Other stages receive theirs; of what all of them are given besides, as positions are, one micro-batch is taken to be there.
+    """
+    own = range(rank, len(pipeline.stages), ranks)
+    many = pipeline.microbatches if 0 in own or len(pipeline.stages) - 1 in own else 1
+    return Changes.of(Change(device, name, many * nbytes) for name, nbytes in profile.inputs)
+
+
+def _buffers(pipeline: Pipeline, own: Sequence[int], passed: int, device: str) -> Changes:
     many = (len(pipeline.stages), pipeline.microbatches, passed, passed)
-    yield Change(device, "receive buffers of the pipeline", sum(receive_buffers(stage, *many) for stage in own))
+    return Changes.of([Change(device, "receive buffers of the pipeline", sum(receive_buffers(stage, *many) for stage in own))])
 
 
 def _whole(fsdp: Fsdp) -> int:
     parts = [part for unit in fsdp.units.values() for part in unit.parts]
     gathered = max((part.gathered_itemsize for part in parts), default=4)
-    units = [fsdp.ranks * sum(part.numel for part in unit.parts) for unit in fsdp.units.values()]
+    units = [fsdp.ranks_of(unit) * sum(part.numel for part in unit.parts) for unit in fsdp.units.values()]
     return fsdp_in_pipeline(units, gathered, fsdp.reduce_itemsize or gathered)
 
 
-def _passing(held: Sequence[tuple[str, int]], device: str) -> Iterator[Change]:
+def _passing(held: Sequence[tuple[str, int]], device: str) -> Changes:
     """Come, and go."""
-    for sign in (1, -1):
-        for name, nbytes in held:
-            yield Change(device, name, sign * nbytes)
+    found = Changes.of(Change(device, name, nbytes) for name, nbytes in held)
+    return found + found.released()
 
 
 # -- stages -------------------------------------------------------------------------------------------------------------
 
 
-def stage_loads(profile: Profile, pipeline: Pipeline) -> list[Load]:
+@kept
+def stage_loads(profile: Profile, pipeline: Pipeline) -> Sequence[Load]:
     """What a micro-batch takes on each stage."""
     steps, last = list(steps_of(profile, pipeline)), len(pipeline.stages) - 1
     return [

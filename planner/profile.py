@@ -9,13 +9,13 @@ looked at, and *marks* between them, where a module begins or ends its forward o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from .allocations import Allocation
-from .work import Exchange, Op, Work, work_of
+from .work import NOTHING, Exchange, Op, Work, work_of
 
 Turn = Literal["forward", "forward ends", "backward", "backward ends"]
 
@@ -44,7 +44,7 @@ class Sums:
     net: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stretch:
     """Events between two marks, with their sums: where gradients are new, and where they are added to those that are there.
 
@@ -54,7 +54,15 @@ class Stretch:
     events: tuple[Event, ...]
     fresh: Sums
     added: Sums
-    work: Work = Work()
+    work: Work = NOTHING
+
+    @cached_property
+    def counts(self) -> Mapping[int, int]:
+        """How many times each allocation has come, or gone, in all of it."""
+        found: dict[int, int] = {}
+        for event in self.events:
+            found[event.allocation] = found.get(event.allocation, 0) + event.count
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,7 @@ class Profile:
         found: dict[str, int] = {}
         for each in self.allocations:
             if each.kind == "gradient":
-                for name in self.names_of(each.name):
+                for name in self.gradients_of[each.name]:
                     found[name] = each.nbytes
         return found
 
@@ -125,17 +133,25 @@ class Profile:
         return [name]
 
     @cached_property
+    def gradients_of(self) -> Mapping[str, Sequence[str]]:
+        """The same for each parameter that gets a gradient."""
+        return {each.name: self.names_of(each.name) for each in self.allocations if each.kind == "gradient"}
+
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """What each allocation is, layers that repeat taken together."""
         return tuple(replace(each, module=self.class_of(each.module)).describe() or each.kind for each in self.allocations)
 
     def class_of(self, module: str) -> str:
         """The name of a module, with a `*` for the number of a layer that repeats."""
-        for run in self.repeated:
-            for layer in run.layers:
-                if module == layer or module.startswith(f"{layer}."):
-                    return f"{layer.rpartition('.')[0]}.*".lstrip(".") + module[len(layer) :]
-        return module
+        at_or_above = (module[:end] for end in (*(at for at, letter in enumerate(module) if letter == "."), len(module)))
+        layer = min((name for name in at_or_above if name in self._layers), key=self._layers.__getitem__, default=None)
+        return module if layer is None else f"{layer.rpartition('.')[0]}.*".lstrip(".") + module[len(layer) :]
+
+    @cached_property
+    def _layers(self) -> Mapping[str, int]:
+        """The layers that repeat, numbered."""
+        return {layer: number for number, layer in enumerate(layer for run in self.repeated for layer in run.layers)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ also divides their work. FSDP gathers and frees the parameters of one *unit* (a 
 Along a *pipeline* axis each rank has layers of its own (`stages`), along a *context* axis each has a part of every sequence, and
 FSDP divides parameters along it as well. An *expert* axis divides the experts of a layer between ranks that the shard, context
 and tensor axes already count: it is another view of the same ranks, and multiplies nothing. All that as torchtitan has it
-(`torchtitan/distributed/parallel_dims.py`). A plan says these three, and memory is known of them; the runtime carries out the
-first three.
+(`torchtitan/distributed/parallel_dims.py`). A plan says these three, as it does sequence and loss parallelism, and memory is
+known of them, activations included; the runtime carries out the first three.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import Field, StringConstraints, field_validator
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph
-from .kept import kept_with
+from .kept import kept
 from .placing import is_component, owners
 from .records import Record, dtype_name, dtype_named
 
@@ -190,13 +190,12 @@ class Sharding(Record):
         return dense if expert is None else f"{dense}, {expert.name}={expert.size} within"
 
     def unit_names(self, graph: ParamGraph) -> list[str]:
-        """The modules that are units, inner ones first; the module as a whole, which is one too, is not named."""
-        known = kept_with(graph)
-        if ("units", self.units) not in known:
-            named = [module.name for module in graph.modules if module.name]
-            names = [name for name in named if any(matches(pattern, name) for pattern in self.units)]
-            known["units", self.units] = sorted(names, key=lambda name: -name.count("."))
-        return list(known["units", self.units])
+        """The modules that are units, inner ones first; the module as a whole, which is one too, is not named.
+
+        Those that hold experts are, where there is an expert axis: their parameters lie between other ranks than the rest.
+        """
+        apart = self.experts if self.shards and self.size("expert") > 1 else ()
+        return list(_unit_names(graph, self.units, apart))
 
     def reshard_of(self, unit: str) -> bool | int:
         """The `reshard_after_forward` of a unit, by its name; the first rule that matches wins."""
@@ -207,31 +206,13 @@ class Sharding(Record):
         """The rule that decides about a unit."""
         return next((rule for rule in self.reshard_rules if rule.pattern == unit or matches(rule.pattern, unit)), None)
 
-    def cuts(self, graph: ParamGraph) -> dict[str, Cut]:
+    def cuts(self, graph: ParamGraph) -> Mapping[str, Cut]:
         """How the tensor axis divides each parameter that it divides, by the parameter's name, every one of a tied one's."""
-        found: dict[str, Cut] = {}
-        for name, style in self.styles(graph).items():
-            node = graph.by_name.get(name)
-            cut = None if node is None else cut_of(style, name, len(node.shape))
-            if cut is not None:
-                found[name] = cut
-        return found
+        return cuts_of(graph, self.tensor)
 
-    def styles(self, graph: ParamGraph) -> dict[str, str]:
+    def styles(self, graph: ParamGraph) -> Mapping[str, str]:
         """The style of every parameter and module that a rule matches: a module's parameters come before it, with its style."""
-        found: dict[str, str] = {}
-        own = parameters_by_module(graph) if self.tensor else {}
-        for module in graph.modules if self.tensor else ():
-            style = self._style_of(module.name)
-            for name in own.get(module.name, ()):
-                if (each := self._style_of(name) or style) is not None:
-                    found[name] = each
-            if style is not None:
-                found[module.name] = style
-        return found
-
-    def _style_of(self, name: str) -> str | None:
-        return next((rule.style for rule in self.tensor if matches(rule.pattern, name)), None)
+        return _styles_of(graph, self.tensor)
 
 
 def sharding(
@@ -313,6 +294,49 @@ def _floating(dtype: torch.dtype | None) -> str | None:
     return dtype_name(dtype)
 
 
+# -- what is said by name ------------------------------------------------------------------------------------------------
+
+
+@kept
+def _unit_names(graph: ParamGraph, patterns: tuple[str, ...], apart: tuple[str, ...]) -> tuple[str, ...]:
+    from .experts import expert_modules
+
+    experts = set(expert_modules(apart, graph))
+    named = [module.name for module in graph.modules if module.name]
+    names = [name for name in named if name in experts or any(matches(pattern, name) for pattern in patterns)]
+    return tuple(sorted(names, key=lambda name: -name.count(".")))
+
+
+@kept
+def cuts_of(graph: ParamGraph, rules: tuple[TensorRule, ...]) -> Mapping[str, Cut]:
+    """How rules divide each parameter that they divide, by every one of its names."""
+    found: dict[str, Cut] = {}
+    for name, style in _styles_of(graph, rules).items():
+        node = graph.by_name.get(name)
+        cut = None if node is None else cut_of(style, name, len(node.shape))
+        if cut is not None:
+            found[name] = cut
+    return found
+
+
+@kept
+def _styles_of(graph: ParamGraph, rules: tuple[TensorRule, ...]) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    own = parameters_by_module(graph) if rules else {}
+    for module in graph.modules if rules else ():
+        style = _style_of(module.name, rules)
+        for name in own.get(module.name, ()):
+            if (each := _style_of(name, rules) or style) is not None:
+                found[name] = each
+        if style is not None:
+            found[module.name] = style
+    return found
+
+
+def _style_of(name: str, rules: Sequence[TensorRule]) -> str | None:
+    return next((rule.style for rule in rules if matches(rule.pattern, name)), None)
+
+
 # -- names --------------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +352,8 @@ def matches(pattern: str, name: str) -> bool:
     return bool(name) and len(parts) == len(wanted) and all(map(is_component, wanted, parts))
 
 
-def parameters_by_module(graph: ParamGraph) -> dict[str, list[str]]:
+@kept
+def parameters_by_module(graph: ParamGraph) -> Mapping[str, Sequence[str]]:
     """The names of every module's own parameters, by the first of its names: a tied parameter is there once for each."""
     modules = {name: module.name for module in graph.modules for name in module.names}
     found: dict[str, dict[str, None]] = {}
@@ -341,12 +366,14 @@ def parameters_by_module(graph: ParamGraph) -> dict[str, list[str]]:
     return {module: list(names) for module, names in found.items()}
 
 
-def holding_parameters(graph: ParamGraph) -> set[str]:
+@kept
+def holding_parameters(graph: ParamGraph) -> frozenset[str]:
     """The modules that hold parameters, their own or inner modules'."""
-    return {owner for name in parameters_by_module(graph) for owner in (*owners(name), name)}
+    return frozenset(owner for name in parameters_by_module(graph) for owner in (*owners(name), name))
 
 
-def repeated_layers(graph: ParamGraph) -> list[str]:
+@kept
+def repeated_layers(graph: ParamGraph) -> tuple[str, ...]:
     """A pattern for every list of layers: modules of one class, numbered from 0, that hold parameters; inner lists left out."""
     lists: dict[str, dict[str, list[int]]] = {}
     holding = holding_parameters(graph)
@@ -356,8 +383,8 @@ def repeated_layers(graph: ParamGraph) -> list[str]:
             lists.setdefault(parent, {}).setdefault(module.type, []).append(int(number))
     repeated = [parent for parent, classes in lists.items() if max(map(len, classes.values())) >= 2]
     if "" in repeated:
-        return ["*"]
-    return [f"{parent}.*" for parent in repeated if not any(parent.startswith(f"{other}.") for other in repeated)]
+        return ("*",)
+    return tuple(f"{parent}.*" for parent in repeated if not any(parent.startswith(f"{other}.") for other in repeated))
 
 
 # -- styles of tensor parallelism ---------------------------------------------------------------------------------------

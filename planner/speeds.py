@@ -32,8 +32,8 @@ class Rate(Record):
 
     Between two sizes it lies on a straight line between their logarithms; beyond them it stays as it is.
 
-    >>> Rate(points=((1e6, 1e9), (1e8, 4e9))).at(1e7)
-    2000000000.0
+    >>> round(Rate(points=((1e6, 1e9), (1e8, 4e9))).at(1e7))
+    2000000000
     """
 
     points: Annotated[tuple[tuple[_Positive, _Positive], ...], Field(min_length=1)]
@@ -52,12 +52,15 @@ class Rate(Record):
 
     def at(self, size: float) -> float:
         """What is done in a second."""
+        if len(self.points) == 1:
+            return self.points[0][1]
         place = bisect.bisect_right(self.points, (size, math.inf))
         if place in (0, len(self.points)):
             return self.points[max(place - 1, 0)][1]
         (low, slow), (high, fast) = self.points[place - 1 : place + 1]
         share = math.log(size / low) / math.log(high / low)
-        return round(math.exp(math.log(slow) + share * math.log(fast / slow)), 6)
+        between: float = slow * (fast / slow) ** share
+        return between
 
     def seconds(self, size: float) -> float:
         """How long it takes to do so much at once."""
@@ -65,7 +68,7 @@ class Rate(Record):
 
 
 class Link(Record):
-    """What ranks talk over: bus bandwidth, and the seconds of a collective whatever its size, with `step` for each step of a ring."""
+    """What ranks talk over: bus bandwidth, and seconds of a collective whatever its size, with `step` for each step of a ring."""
 
     bandwidth: _Positive
     latency: _Seconds = 0.0

@@ -8,11 +8,12 @@ embedding and the head for a layer each; `counts_of(layers, stages, 1, 1)` gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import ParamGraph, TensorNode
+from .kept import kept
 from .placing import owners
 from .sharding import Pipeline, Schedule, holding_parameters, matches, parameters_by_module, repeated_layers
 
@@ -136,6 +137,28 @@ def stages_of(tensor: TensorNode, pipeline: Pipeline) -> tuple[int, ...]:
     return found or (tuple(range(len(pipeline.stages))) if tensor.kind != "parameter" else ())
 
 
+@kept
+def stages_by_name(graph: ParamGraph, stages: tuple[tuple[str, ...], ...]) -> Mapping[str, tuple[int, ...]]:
+    """The same for every tensor of a graph, by the first of its names."""
+    homes: dict[str, set[int]] = {}
+    for number, names in enumerate(stages):
+        for name in names:
+            homes.setdefault(name, set()).add(number)
+    everywhere = tuple(range(len(stages)))
+    found = {}
+    for tensor in graph.tensors:
+        over = (homes.get(name, ()) for each in tensor.names for name in _at_and_above(each))
+        on = tuple(sorted({number for numbers in over for number in numbers}))
+        found[tensor.name] = on or (everywhere if tensor.kind != "parameter" else ())
+    return found
+
+
+def _at_and_above(tensor: str) -> Iterator[str]:
+    """A tensor's name, and those that it may be under (`is_under`)."""
+    yield tensor
+    yield from (tensor[:at] for at, letter in enumerate(tensor) if letter in ".[")
+
+
 def is_under(tensor: str, names: Sequence[str]) -> bool:
     """Whether one of the names is the tensor's, or of a module that it is in.
 
@@ -160,17 +183,18 @@ def check_pipeline(pipeline: Pipeline, ranks: int, graph: ParamGraph) -> None:
 
 
 def _check_names(pipeline: Pipeline, graph: ParamGraph) -> None:
-    known = [name for module in graph.modules for name in module.names if name]
-    known += [name for tensor in graph.tensors for name in tensor.names]
+    known = dict.fromkeys(name for module in graph.modules for name in module.names if name)
+    known |= dict.fromkeys(name for tensor in graph.tensors for name in tensor.names)
     seen: dict[str, int] = {}
     for number, names in enumerate(pipeline.stages):
         for name in names:
-            if name not in set(known):
+            if name not in known:
                 raise DecisionError(f"stage {number} names {name!r}, and there is no such module{nearest(name, known)}")
             if name in seen:
                 raise DecisionError(f"{name} is on stage {seen[name]} and on stage {number}; name it once")
             seen[name] = number
-    missing = [tensor.name for tensor in graph.parameters if not stages_of(tensor, pipeline)]
+    on = stages_by_name(graph, pipeline.stages)
+    missing = [tensor.name for tensor in graph.parameters if not on[tensor.name]]
     if missing:
         raise DecisionError(f"{missing[0]} is on no stage ({len(missing)} such parameters): name its module on one of them")
 

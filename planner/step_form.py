@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .allocations import Kind
@@ -23,6 +23,10 @@ class Extra:
     name: str
     nbytes: int
     count: int = 1
+
+    def times(self, number: int) -> Extra:
+        """So many times as many of it."""
+        return Extra(self.kind, self.name, self.nbytes, self.count * number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +126,18 @@ def held_at(profile: Profile, scripts: Sequence[Script], peak: Peak, added: bool
 
 
 def _count(profile: Profile, script: Script, times: int, added: bool, counts: Counter[int | Extra]) -> None:
-    if times:
-        for step in _steps(profile, script, added):
-            counts[_key(step)] += times * step.count
+    for part in script.parts if times else ():
+        if isinstance(part, Between):
+            for step in part.steps:
+                counts[_key(step)] += times * step.count
+        else:
+            for index, count in part.counts.items():
+                goes = added and profile.allocations[index].kind == "gradient"  # at once, into the one that is there
+                counts[index] += 0 if goes else times * count
 
 
 def _key(step: Event | Extra) -> int | Extra:
-    return replace(step, count=1) if isinstance(step, Extra) else step.allocation
+    return Extra(step.kind, step.name, step.nbytes) if isinstance(step, Extra) else step.allocation
 
 
 def _steps(profile: Profile, script: Script, added: bool) -> Iterator[Event | Extra]:
@@ -148,7 +157,7 @@ def _size(step: Event | Extra, profile: Profile) -> int:
 
 def _of_extra(profile: Profile, extra: Extra, count: int) -> Iterator[Held]:
     if extra.kind == "gradient" and count > 0:
-        yield from (Held(extra.kind, name, extra.nbytes) for name in profile.names_of(extra.name)[-count:])
+        yield from (Held(extra.kind, name, extra.nbytes) for name in profile.gradients_of[extra.name][-count:])
     else:
         yield Held(extra.kind, extra.name, count * extra.nbytes)
 
@@ -157,6 +166,6 @@ def _of_allocation(profile: Profile, index: int, count: int) -> Iterator[Held]:
     """A gradient for each parameter that has one by then, the last layers first; of others all that are alike."""
     each = profile.allocations[index]
     if each.kind == "gradient" and count > 0:
-        yield from (Held(each.kind, name, each.nbytes) for name in profile.names_of(each.name)[-count:])
+        yield from (Held(each.kind, name, each.nbytes) for name in profile.gradients_of[each.name][-count:])
     else:  # below 0 where the next layer's turn lets it go: it is that of the layer before, which has the same name here
         yield Held(each.kind, profile.labels[index], count * each.nbytes)

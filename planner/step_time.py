@@ -112,7 +112,7 @@ def step_time(
         optimizer=stepped,
         hidden=found.hidden - late,
         flops=workload.accumulate * flops_of(profile),
-        notes=tuple([*speeds.notes, *_notes(sharding, speeds)]),
+        notes=(*speeds.notes, *_notes(sharding, speeds)),
     )
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
-from .changes import HOST, Change
+from .alike import Alike, changes_of
+from .changes import HOST, Changes
+from .kept import kept
 from .muon import Slot, hidden_matrices
 from .optimizer import Implementation, Piece, Trained
 from .optimizers import clipping_pieces, state_pieces, working_pieces
@@ -15,34 +19,45 @@ from .workload import Training
 
 
 class Stepped(NamedTuple):
-    """A parameter as the optimizer has it, and its gradient."""
+    """A parameter as the optimizer has it, and the bytes of its gradient."""
 
     parameter: Trained
-    gradient: Change
+    gradient: int
+
+    @property
+    def device(self) -> str:
+        return self.parameter.device
 
 
 def training_phases(
-    weights: Sequence[Change], stepped: Sequence[Stepped], workload: Training, active: Sequence[Change] | None = None
-) -> tuple[dict[str, list[Change]], list[Change]]:
+    weights: Changes, stepped: Alike[Stepped], workload: Training, active: Changes | None = None
+) -> tuple[dict[str, Changes], Changes]:
     """The phases of a training step, on top of `weights`, and the optimizer's state by itself.
 
     `active` is what forward and backward do (`activity.py`); without it only the gradients that they leave are counted. With
     several micro-batches in a step the gradients of the ones before stay, so that they are there from the beginning, and a new
     one is there in full before it is added to the old (torch/csrc/autograd/functions/accumulate_grad.h).
     """
-    parameters, gradients = [each.parameter for each in stepped], [each.gradient for each in stepped]
-    chosen = (workload.optimizer, _implementation(workload, parameters), parameters)
-    on_device, on_host = state_pieces(*chosen)
-    state = [*_changes(stepped, on_device), *(each._replace(device=HOST) for each in _changes(stepped, on_host))]
-    clipped = [] if workload.clip_grad_norm is None else _changes(stepped, clipping_pieces(parameters))
+    gradients = gradients_of(stepped)
+    kinds = stepped.to(lambda kind: kind.parameter)
+    chosen, parameters = (workload.optimizer, _implementation(workload, kinds.kinds)), kinds.each
+    on_device, on_host = state_pieces(*chosen, kinds)
+    state = _changes(stepped, on_device) + _changes(stepped, on_host, HOST)
+    clipped = Changes() if workload.clip_grad_norm is None else _changes(stepped, clipping_pieces(parameters))
     if active is None:
-        active = [*gradients, *(_largest_by_device(gradients) if workload.accumulate > 1 else [])]
+        active = gradients + (_largest_by_device(gradients) if workload.accumulate > 1 else Changes())
+    working = _changes(stepped, working_pieces(*chosen, parameters))
     phases = {
-        "first_step": [*weights, *active],
-        "step": [*weights, *state, *active],
-        "optimizer": [*weights, *state, *gradients, *clipped, *_released(clipped), *_changes(stepped, working_pieces(*chosen))],
+        "first_step": weights + active,
+        "step": weights + state + active,
+        "optimizer": weights + state + gradients + clipped + clipped.released() + working,
     }
     return phases, state
+
+
+def gradients_of(stepped: Alike[Stepped]) -> Changes:
+    """The gradients that come to be, in the order of the parameters."""
+    return changes_of(stepped, lambda kind: kind.gradient)
 
 
 def _implementation(workload: Training, parameters: Sequence[Trained]) -> Implementation | None:
@@ -57,22 +72,20 @@ def _implementation(workload: Training, parameters: Sequence[Trained]) -> Implem
     return "for-loop"
 
 
-def _changes(stepped: Sequence[Stepped], pieces: Sequence[Piece]) -> list[Change]:
-    return [stepped[position].gradient._replace(nbytes=nbytes) for position, nbytes in pieces if nbytes]
+def _changes(stepped: Alike[Stepped], pieces: Sequence[Piece], device: str | None = None) -> Changes:
+    """Pieces as changes on the device of each parameter, or on one for all."""
+    there = [piece for piece in pieces if piece[1]]
+    positions, nbytes = (np.array(column, dtype=np.int64) for column in (zip(*there, strict=True) if there else ((), ())))
+    devices = [device or kind.device for kind in stepped.kinds]
+    return Changes.of_columns(devices, stepped.of[positions], stepped.names[positions], nbytes)
 
 
-def _released(changes: Sequence[Change]) -> list[Change]:
-    return [each._replace(nbytes=-each.nbytes) for each in changes]
+def _largest_by_device(changes: Changes) -> Changes:
+    return Changes.of(found for device in changes.devices() if (found := changes.on(device).largest()) is not None)
 
 
-def _largest_by_device(changes: Sequence[Change]) -> list[Change]:
-    found: dict[str, Change] = {}
-    for each in changes:
-        found[each.device] = max(found.get(each.device, each), each, key=lambda change: change.nbytes)
-    return list(found.values())
-
-
-def hidden_names(graph: ParamGraph) -> set[str]:
+@kept
+def hidden_names(graph: ParamGraph) -> frozenset[str]:
     """The names of the matrices that Muon is for."""
     own = {name: number for number, tensor in enumerate(graph.tensors) if tensor.kind == "parameter" for name in tensor.names}
     by_owner: dict[str, list[str]] = {}
@@ -83,4 +96,4 @@ def hidden_names(graph: ParamGraph) -> set[str]:
         for module in graph.modules
         for name in by_owner.get(module.name, ())
     ]
-    return {graph.tensors[number].name for number in hidden_matrices(slots)}
+    return frozenset(graph.tensors[number].name for number in hidden_matrices(slots))

@@ -1,7 +1,7 @@
 """What the ops of a step have to do, besides allocating: operations, bytes that are moved, and what is exchanged between ranks.
 
-`runtime/op_work.py` notes an `Op` or an `Exchange` of each op that a profile follows; a stretch of the profile holds them counted,
-ops that are alike together. How long that takes is for `work_time.py` to say, by the speeds of a device.
+`runtime/op_work.py` notes an `Op` or an `Exchange` of each op that a profile follows; a stretch of the profile holds them
+counted, ops that are alike together. How long that takes is for `work_time.py` to say, by the speeds of a device.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class Work:
 
     def __bool__(self) -> bool:
         return bool(self.ops or self.exchanges)
+
+
+NOTHING = Work()
 
 
 def work_of(noted: Iterable[Op | Exchange]) -> Work:

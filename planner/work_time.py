@@ -22,6 +22,9 @@ class Group(NamedTuple):
     stride: int = 1
 
 
+ALONE = Group()
+
+
 class Computing(NamedTuple):
     """Seconds of computation, and those of forwards that checkpoints run again."""
 
@@ -70,7 +73,7 @@ def talking(kind: Collective, nbytes: float, group: Group, speeds: Speeds) -> fl
     """How long a collective of `nbytes`, of the whole, takes a group of ranks."""
     if group.ranks < 2 or nbytes <= 0:
         return 0.0
-    sent = nbytes * _SENT[kind] * ((group.ranks - 1) / group.ranks if kind != "broadcast" else 1.0)
+    sent = sent_by(kind, nbytes, group.ranks)
     measured = speeds.talk(kind, group.ranks)
     if measured is not None:
         return measured.latency + sent / measured.bandwidth
@@ -86,8 +89,15 @@ def talking(kind: Collective, nbytes: float, group: Group, speeds: Speeds) -> fl
     return latency + sent / (min(ring, within.bandwidth) if inside > 1 else ring)
 
 
-_SENT: dict[Collective, int] = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "broadcast": 1}
-"""How often a rank sends its share of the whole on a ring."""
+def sent_by(kind: Collective, nbytes: float, ranks: int) -> float:
+    """The bytes that each rank of a ring sends, for a collective of `nbytes` in all.
+
+    >>> sent_by("all-gather", 1000, 4), sent_by("all-reduce", 1000, 4)
+    (750.0, 1500.0)
+    """
+    if kind == "broadcast":
+        return nbytes
+    return nbytes * (2 if kind == "all-reduce" else 1) * (ranks - 1) / ranks
 
 
 def _links(speeds: Speeds, group: Group) -> tuple[Link, Link]:
@@ -95,8 +105,8 @@ def _links(speeds: Speeds, group: Group) -> tuple[Link, Link]:
     link = speeds.within or speeds.between
     if link is None:
         raise DecisionError(
-            f"{group.ranks} ranks talk to each other, and the speeds of {speeds.device} know no link; take those of a cluster with "
-            "several devices, or measure them in a process group with gp.measure_speeds()"
+            f"{group.ranks} ranks talk to each other, and the speeds of {speeds.device} know no link; take those of a cluster "
+            "with several devices, or measure them in a process group with gp.measure_speeds()"
         )
     return link, speeds.between or link
 

@@ -3,6 +3,7 @@
 * `materialize`: the verb, a second and real run of the constructor (`build`), guided by the tape;
 * `guided`: the dispatch mode of that run: dead fills are left out, the others may wait (`waiting`);
 * `steps`: the plan's casts and moves, done by calling `module.to`;
+* `checkpointing`: modules that run again in the backward (`run_again`: one of them), by the plan or by the workload;
 * `state`: some tensors only, or parts of them, from their recipes (`parts`, `windows`, `indexing`);
 * `sources`: where the numbers come from: the eager stream (`filler`), or blocks with keys (`keyed`);
 * `fill`, `pens`, `boxes`, `truncated`, `cuda`: which calls can be taken apart, and how a stretch or a box of one is drawn;
@@ -23,7 +24,7 @@ second, so it is imported when it is called:
 A training step without memory: `fake_step` is that verb, run when `plan.memory(..., tier="T1")` is asked for:
 
 * `fake_tensors`: a module of fake tensors; `example_inputs`: what it is given; `training_step`: the step, on any tensors
-  (`checkpointing`, `clipping`, `optimizers`: parts of it);
+  (`clipping`, `optimizers`: parts of it);
 * `fake_inference`: the same of serving; `inference_step`: reading a prompt and decoding after it;
 * `allocations`: what ops allocate and when it goes; `scratch`: what kernels take besides; `fake_ops`: fake ops mended;
 * `cuda_kernels`: those that CUDA would choose (`cuda_attention`, `cuda_autocast`; `cuda_scratch`: what they take besides);

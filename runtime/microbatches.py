@@ -17,14 +17,9 @@ from ..tracer.graph import ParamGraph
 def not_profiled(sharding: Sharding, training: Training) -> str | None:
     """Why activations cannot be known under a sharding; None where they can."""
     pipeline, parts = sharding.pipeline, sharding.size("context")
-    if sharding.axis("expert") is not None:
-        return "which tokens go to which experts is known to the step alone"
     if parts > 1 and (training.inputs is not None or training.seq_len is None or training.seq_len % parts):
         what = f"seq_len={training.seq_len}" if training.inputs is None else "inputs="
         return f"{what} does not divide into {parts} parts of the sequence; give a multiple as seq_len, and no inputs"
-    given = [name for name in ("sequence_parallel", "loss_parallel") if getattr(sharding, name)]
-    if given:
-        return f"{given[0]} is not carried out, so that it cannot be traced (planner/exchanges.py has its formula)"
     if pipeline is not None and training.accumulate > 1:
         return "a pipeline accumulates over its micro-batches; leave accumulate out"
     if pipeline is not None and training.inputs is None and training.batch_size % pipeline.microbatches:
@@ -38,7 +33,7 @@ def first_of(inputs: Any, microbatches: int) -> Any:
     for each in tree_leaves(inputs):
         if isinstance(each, torch.Tensor) and (not each.dim() or each.shape[0] % microbatches):
             raise DecisionError(f"an input of shape {list(each.shape)} does not divide into {microbatches} micro-batches")
-    return tree_map_only(torch.Tensor, lambda each: each[: each.shape[0] // microbatches].contiguous(), inputs)
+    return tree_map_only(torch.Tensor, lambda each: each[: each.shape[0] // microbatches].clone(), inputs)
 
 
 def staged_modules(sharding: Sharding, graph: ParamGraph) -> list[str]:

@@ -177,11 +177,12 @@ def _exchange(func: Any, args: tuple[Any, ...], out: Any, again: bool) -> Exchan
 
 def _ranks(func: Any, args: tuple[Any, ...]) -> int:
     """A functional collective has its group's name for its last argument; others are of all ranks of a profile."""
-    import torch.distributed as dist
+    from torch.distributed import distributed_c10d  # which takes a while
 
-    if func.namespace == "c10d" or not isinstance(args[-1], str):
-        return dist.get_world_size()
-    return int(torch.distributed.distributed_c10d._resolve_process_group(args[-1]).size())
+    group: Any = args[-1]
+    if func.namespace == "c10d" or not isinstance(group, str):
+        return distributed_c10d.get_world_size()
+    return int(distributed_c10d._resolve_process_group(group).size())  # type: ignore[attr-defined, arg-type]
 
 
 _COLLECTIVES: Mapping[str, Collective] = {

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -100,7 +101,7 @@ def _divide_layers(module: nn.Module, sharding: Sharding, graph: ParamGraph, mes
     else:
         modules = dict(module.named_modules())
         parallelize_module(module, mesh, {name: _TORCH[style]() for name, style in styles.items() if name in modules})
-    _tie_again(module, graph)
+    tie_again(module, graph)
 
 
 _TORCH: dict[str, Any] = {
@@ -114,7 +115,7 @@ _TORCH: dict[str, Any] = {
 """What makes each style."""
 
 
-def _apply_transformers(module: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> None:
+def _apply_transformers(module: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
     """By transformers' own engine, whose styles know more kinds of layers than torch's."""
     try:
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -128,7 +129,7 @@ def _apply_transformers(module: nn.Module, styles: dict[str, str], mesh: DeviceM
     apply_tensor_parallelism(module, mesh, {name: style for name, style in styles.items() if name in once or name not in places})
 
 
-def _tie_again(module: nn.Module, graph: ParamGraph) -> None:
+def tie_again(module: nn.Module, graph: ParamGraph) -> None:
     """Both engines divide every place of a tied parameter by itself, which leaves several parameters: make them one again."""
     modules = dict(module.named_modules(remove_duplicate=False))
     for tensor in graph.ties:

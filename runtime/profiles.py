@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from ..planner.apart import told_apart
+from ..planner.apart import not_told, told_apart
 from ..planner.decisions import Decisions
 from ..planner.exchanges import attention_output
 from ..planner.kept import kept_with
@@ -25,6 +25,7 @@ from ..tracer.errors import GroundplanError
 from .allocations import Allocations
 from .build import Build
 from .example_inputs import example_inputs
+from .expert_axis import Exchanges
 from .fake_step import device_of, step_module
 from .microbatches import first_of, not_profiled, staged_modules, watch_first_layer
 from .profiling import Traced, profile
@@ -41,6 +42,8 @@ def profile_of(build: Build, decisions: Decisions, training: Training) -> Profil
     if decisions.placing is not None or decisions.quantizing:
         return NoProfile(f"the plan {'places tensors on several devices' if decisions.placing else 'quantizes'}")
     if decisions.sharding is not None and (reason := not_profiled(decisions.sharding, training)) is not None:
+        return NoProfile(reason)
+    if (reason := not_told(decisions, build.graph)) is not None:
         return NoProfile(reason)
     known = kept_with(build)
     key = _key(build, decisions, training)
@@ -77,9 +80,11 @@ def _divided(sharding: Sharding | None) -> Any:
     """What of a sharding changes what the module's own code does."""
     if sharding is None:
         return None
-    tensor = (sharding.axis("tensor"), sharding.tensor, sharding.engine) if sharding.size("tensor") > 1 else None
+    between = (sharding.sequence_parallel, sharding.loss_parallel)
+    tensor = (sharding.axis("tensor"), sharding.tensor, sharding.engine, between) if sharding.size("tensor") > 1 else None
     return (
         tensor,
+        (sharding.axis("expert"), sharding.experts) if sharding.size("expert") > 1 else None,
         sharding.pipeline,
         sharding.size("context"),
         (sharding.shards, sharding.units, sharding.compute_dtype) if _is_watched(sharding) else None,
@@ -109,7 +114,7 @@ def _leaf(value: Any) -> Any:
 @torch.inference_mode(False)  # grad mode is on, whatever it is around the question
 def _made(build: Build, decisions: Decisions, training: Training) -> Profile | NoProfile:
     try:
-        with _quiet(), _divided_layers(build, decisions) as (made, traced):
+        with quiet(), _divided_layers(build, decisions) as (made, traced):
             found = _with_passed(made, lambda module: _inputs(module, training, decisions.sharding), training, traced)
         if decisions.sharding is not None and decisions.sharding.size("context") > 1 and not attention_output(found):
             return NoProfile("ring attention takes the place of scaled_dot_product_attention, which is not called")
@@ -148,28 +153,57 @@ def _divided_layers(build: Build, decisions: Decisions) -> Iterator[tuple[Callab
     """What makes the module, its single layers divided along the tensor axis, and how it is traced."""
     sharding = decisions.sharding
     traced, axis = _traced(build, decisions), None if sharding is None else sharding.axis("tensor")
+    exchanges = None if sharding is None or sharding.size("expert") == 1 else Exchanges(sharding, build.graph)
     if sharding is None or axis is None:
-        yield lambda: step_module(build, decisions), traced
+        yield _exchanging(lambda: step_module(build, decisions), exchanges, None), _following(traced, exchanges)
         return
     from .fake_ranks import propagation_apart
     from .fake_world import fake_world
     from .gloo_scratch import gloo_scratch_bytes
-    from .parallel import apply_sharding, mesh_of
+    from .parallel import mesh_of
+    from .tensor_axis import between_layers, divide_layers
 
     alone = sharding.model_copy(update={"axes": (axis,), "pipeline": None})
 
     def made() -> nn.Module:
         module = step_module(build, decisions)
-        return apply_sharding(module, alone, build.graph, mesh_of(alone, "cpu"))
+        divide_layers(module, alone, build.graph, mesh_of(alone, "cpu"))
+        return module
 
     @contextmanager
     def around(found: Allocations) -> Iterator[None]:
         found.collective_scratch = gloo_scratch_bytes
-        with propagation_apart():
+        with propagation_apart(), between_layers(alone, mesh_of(alone, "cpu")):
             yield
 
     with fake_world(axis.size, 0):
-        yield made, replace(traced, around=around)
+        mesh = mesh_of(alone, "cpu") if axis.size > 1 else None
+        yield _exchanging(made, exchanges, mesh), _following(replace(traced, around=around), exchanges)
+
+
+def _exchanging(made: Callable[[], nn.Module], exchanges: Exchanges | None, mesh: Any) -> Callable[[], nn.Module]:
+    """The same, where experts exchange tokens."""
+
+    def watched() -> nn.Module:
+        module = made()
+        if exchanges is not None:
+            exchanges.watch(module, mesh)
+        return module
+
+    return watched
+
+
+def _following(traced: Traced, exchanges: Exchanges | None) -> Traced:
+    """The same, where what an exchange takes is written down."""
+    if exchanges is None:
+        return traced
+
+    @contextmanager
+    def around(found: Allocations) -> Iterator[None]:
+        with traced.around(found), exchanges.followed(found):
+            yield
+
+    return replace(traced, around=around)
 
 
 def _traced(build: Build, decisions: Decisions) -> Traced:
@@ -182,7 +216,7 @@ def _traced(build: Build, decisions: Decisions) -> Traced:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What the module's code warns of it says when it really runs; what fake tensors log on an error is in the error."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import weakref
@@ -52,7 +53,7 @@ class RunAgain:
 
 
 def run_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(*args)`: what a model that hands its layers to a checkpointing function hands them to, if they do it themselves."""
+    """`function(*args)`: what a model hands its layers to that has a function for checkpointing, where they do it themselves."""
     return function(*args, **kwargs)
 
 
@@ -83,18 +84,15 @@ class ForwardAgain:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardAgain:
         """Of the copied layer: copying a module takes down the new one before it copies what it has."""
-        return self._of(memo.get(id(self._layer()), self._layer()))
+        layer, found = self._layer(), _empty()
+        found.__setstate__({"level": self.level, "own": copy.deepcopy(self._own, memo), "layer": memo.get(id(layer), layer)})
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (), {"level": self.level, "own": self._own, "layer": self._layer()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.level, self._own, self._layer = state["level"], state["own"], weakref.ref(state["layer"])
-
-    def _of(self, layer: nn.Module) -> ForwardAgain:
-        found = _empty()
-        found.__setstate__({"level": self.level, "own": self._own, "layer": layer})
-        return found
 
 
 def _empty() -> ForwardAgain:

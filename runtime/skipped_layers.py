@@ -1,9 +1,9 @@
 """Layers that repeat, of which a trace runs the first three and the last: the others hand on what the first ones would.
 
-A *run* is a stretch of a list of layers that repeats every `period` layers: alike in class, tensors and settings, and in what the
-plan decides of them by themselves. Its repeats are *rounds*. A layer of a round in the middle is not run: each tensor that it would give is taken from among its arguments, where the
-next layer looks for it, so that the code around the layers goes on as before. What cannot be handed on in this way is found when
-it comes up (`CannotSkip`), and the trace begins again with every layer run.
+A *run* is a stretch of a list of layers that repeats every `period` layers: alike in class, tensors and settings, and in what a
+plan decides of each by itself. Its repeats are *rounds*. A layer of a round in the middle is not run: each tensor that it would
+give is taken from among its arguments, where the next layer looks for it, so that the code around the layers goes on as before.
+What cannot be handed on in this way is found when it comes up (`CannotSkip`), and the trace begins again with every layer run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ROUNDS = 4
 _LONGEST_PERIOD = 8
 _CLOSURES = 4  # functions around functions that are looked into
 _NOTHING: Mapping[str, Any] = {}
+
+_LISTS = nn.ModuleList | nn.Sequential | nn.ModuleDict
 
 
 class CannotSkip(Exception):
@@ -51,7 +53,7 @@ class Run:
 def runs_of(module: nn.Module, apart: Mapping[str, Any] = _NOTHING) -> list[Run]:
     """The runs that are long enough for layers to be skipped, outermost first; `apart` tells modules apart by their names."""
     found: list[Run] = []
-    lists = ((name, each) for name, each in module.named_modules() if isinstance(each, nn.ModuleList | nn.Sequential))
+    lists = ((name, each) for name, each in module.named_modules() if isinstance(each, _LISTS))
     for name, layers in lists:
         if not any(name.startswith(f"{layer}.") or name == layer for run in found for layer in run.layers):
             found += _runs_in(name, {key: layer for key, layer in layers._modules.items() if layer is not None}, apart)

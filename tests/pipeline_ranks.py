@@ -178,7 +178,8 @@ def _planned(pipeline: Pipeline) -> tuple[list[int], list[int]]:
     own = range(dist.get_rank(), len(stages), ranks)
     modules: dict[int, nn.Module] = {stage: nn.Sequential(*map(whole.get_submodule, stages[stage])) for stage in own}
     (first, second), left = measured_steps(plan.decisions.sharding.pipeline, modules, lambda output, _: output.square().mean())
-    held = many * SENT + sum(each.nbytes for module in modules.values() for each in module.parameters())
+    given = many if {0, len(stages) - 1} & set(own) else 1  # the batch is there whole where it goes in, and where its loss is
+    held = given * SENT + sum(each.nbytes for module in modules.values() for each in module.parameters())
     reckoned = memory.rank(dist.get_rank()).phases
     return [reckoned["first_step"], reckoned["step"]], [held + first, held + left + second]
 

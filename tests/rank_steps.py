@@ -49,12 +49,13 @@ def works_given_back() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RankCase:
-    """A sharded plan of a model, and its training."""
+    """A sharded plan of a model, what of it is checkpointed, and its training."""
 
     model: str
     axes: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world(self) -> int:
@@ -64,12 +65,17 @@ class RankCase:
         return count
 
     def __str__(self) -> str:
-        known = {key: "rules" if isinstance(value, dict) else value for key, value in (self.options | self.training).items()}
+        known = {
+            key: "rules" if key == "tensor" and isinstance(value, dict) else value
+            for key, value in (self.options | self.training).items()
+        }
         settings = (f"{key}={str(value).removeprefix('torch.')}" for key, value in known.items())
-        return ", ".join([self.model, " x ".join(f"{name}={size}" for name, size in self.axes.items()), *settings])
+        levels = [f"{pattern} {level}" for pattern, level in self.levels.items()]
+        return ", ".join([self.model, " x ".join(f"{name}={size}" for name, size in self.axes.items()), *settings, *levels])
 
     def plan(self) -> gp.Plan:
-        return gp.trace(MEASURED[self.model].build).shard(self.axes, **self.options)
+        plan = gp.trace(MEASURED[self.model].build).shard(self.axes, **self.options)
+        return plan.checkpoint_activations(self.levels) if self.levels else plan
 
     def workload(self) -> gp.Training:
         return gp.Training(**{"inputs": MEASURED[self.model].inputs, **self.training})
@@ -99,14 +105,17 @@ RULES: dict[str, dict[str, str]] = {
 FOUR = tuple(RULES)
 
 
-def _case(model: str, axes: dict[str, int], training: dict[str, Any] | None = None, **options: Any) -> RankCase:
+def _case(
+    model: str, axes: dict[str, int], training: dict[str, Any] | None = None, levels: dict[str, Any] | None = None, **options: Any
+) -> RankCase:
     rules = {"tensor": RULES[model]} if "tp" in axes and "tensor" not in options else {}
-    return RankCase(model, axes, rules | options, training or {})
+    return RankCase(model, axes, rules | options, training or {}, levels or {})
 
 
 SHORT = [
     _case("Llama", {"dp": 2}, {"clip_grad_norm": 1.0, "checkpointing": "full"}, **MIXED),
     _case("nn.Transformer", {"dp": 2}),
+    _case("Llama", {"dp": 2}, levels={"model.layers.0": "full"}, reshard={"model.layers.1": False, "*": True}, **MIXED),
     _case("Llama", {"tp": 2}, tensor="auto"),
     _case("BERT", {"dp": 4}, **MIXED),
     _case("Llama", {"dp": 2, "tp": 2}, {"clip_grad_norm": 1.0}),
@@ -125,6 +134,11 @@ LONG = [
     _case("Llama", {"dp": 2}, {"accumulate": 2}, **MIXED),
     _case("Llama", {"dp": 2}, {"autocast": BF16}),
     _case("Llama", {"dp": 2}, reshard=False),
+    *(_case("Llama", {"dp": 2}, reshard={name: False}) for name in ("model.layers.0", "model.layers.1", "")),
+    _case("Llama", {"dp": 4}, reshard={"model.layers.0": 2, "model.layers.1": False, "*": True}),
+    _case("Llama", {"dp": 2}, levels={"model.layers.0": "selective", "model.layers.1": "full"}),
+    _case("Llama", _PAIR, levels={"model.layers.*.mlp": "full"}, reshard={"model.layers.0": False}),
+    _case("nn.Transformer", {"dp": 2}, levels={"encoder.layers.1": "full", "decoder.layers.0": "selective"}, reshard={"": False}),
     _case("Llama", {"dp": 4}, reshard=2),
     _case("Llama", {"dp": 2}, compute_dtype=BF16),
     _case("Llama", {"dp": 2}, offload=True),

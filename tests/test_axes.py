@@ -224,7 +224,7 @@ def held_weights(plan: gp.Plan) -> int:
     [
         ({"pp": 2}, {"microbatches": 8}, "batch_size=12 does not divide into 8 micro-batches; give a multiple of 8"),
         ({"cp": 5}, {}, "seq_len=32 does not divide into 5 parts"),
-        ({"dp": 2, "ep": 2}, {"experts": "model.layers.*.mlp.gate_proj"}, "which tokens go to which experts"),
+        ({"dp": 2, "ep": 2}, {"experts": "model.layers.*.mlp.gate_proj"}, "a trace of forward and backward fails"),
     ],
 )
 def test_what_is_not_known_of_activations_is_left_out_and_said(axes: Any, options: Any, said: str) -> None:

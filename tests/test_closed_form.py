@@ -16,7 +16,7 @@ from torch import nn
 import groundplan as gp
 from groundplan.planner.activity import activity
 from groundplan.planner.allocations import Allocation
-from groundplan.planner.changes import Change
+from groundplan.planner.changes import Change, Changes
 from groundplan.planner.estimate import RESERVED
 from groundplan.planner.fsdp_form import Fsdp, Part, Unit, with_fsdp
 from groundplan.planner.profile import Block, Event, Mark, Profile, Stretch, stretch
@@ -210,7 +210,7 @@ def test_a_peak_among_blocks_that_repeat() -> None:
     assert peak.nbytes == 5 * 100 + 7 + 30
     held = {each.kind: each.nbytes for each in held_at(profile, plain(profile), peak)}
     assert held == {"activation": 500, "gradient": 7, "temporary": 30}
-    gradients = [Change("cpu", "weight", 35)]
+    gradients = Changes.of([Change("cpu", "weight", 35)])
     changes = activity(profile, gradients, "cpu")
     assert sum(change.nbytes for change in changes) == 35
 
@@ -255,8 +255,14 @@ def unit(name: str, numel: int, reshard: bool | int = True) -> Unit:
     return Unit(name, (Part(f"{name}.weight".lstrip("."), numel, 4, 2),), reshard)
 
 
-def fsdp_step(reshard: bool | int = True, reduce_itemsize: int | None = 4, copies: int = 1) -> list[str]:
-    """What comes and goes in a step of a unit inside a whole, over 4 ranks: +- bytes with the first letters of their kinds."""
+def fsdp_step(
+    reshard: bool | int = True, reduce_itemsize: int | None = 4, copies: int = 1, whole: bool | int | None = None
+) -> list[str]:
+    """What comes and goes in a step of a unit inside a whole, over 4 ranks: +- bytes with the first letters of their kinds.
+
+    The whole reshards as the unit does, if `whole` is None.
+    """
+    around = reshard if whole is None else whole
     turns = [
         *(Mark("forward", ""), Mark("forward", "a"), Mark("forward ends", "a"), Mark("forward ends", "")),
         *(Mark("backward", ""), Mark("backward", "a"), Mark("backward ends", "a"), Mark("backward ends", "")),
@@ -264,7 +270,7 @@ def fsdp_step(reshard: bool | int = True, reduce_itemsize: int | None = 4, copie
     gradient = Allocation("gradient", 800, "cuda:0", "a.weight")
     parts: list[Mark | Stretch] = [*turns[:6], stretch([Event(0, 1)], (gradient,)), *turns[6:]]
     profile = Profile((gradient,), (Block(1, tuple(parts)),), (), early=frozenset({"a"}))
-    fsdp = Fsdp({"": unit("", 10, reshard), "a": unit("a", 100, reshard)}, 4, reduce_itemsize, copies)
+    fsdp = Fsdp({"": unit("", 10, around), "a": unit("a", 100, reshard)}, 4, reduce_itemsize, copies)
     (script,) = with_fsdp(profile, fsdp)
     steps = [step for part in script.parts if not isinstance(part, Stretch) for step in part.steps]
     return [f"{step.count * step.nbytes:+}{step.kind[0]}" if isinstance(step, Extra) else f"{step.count}g" for step in steps]
@@ -285,6 +291,8 @@ def test_fsdp_keeps_what_it_is_told_to() -> None:
     assert fsdp_step(reshard=False) == [*GATHERED, *FORWARD, "-800c", *REDUCED, "-80g", "-1600c"]
     half = ["+40g", "-80g", "-800c", "+40c", "+80c", "-40c", "+80g", "-40g", "-80c", "+400c", "+800c", "-400c", "+800g", "-400g"]
     assert fsdp_step(reshard=2) == [*GATHERED, *FORWARD, "+400g", "-800g", *half, "-800c", *REDUCED, "-80g", "-1600c"]
+    assert fsdp_step(False, whole=True) == [*GATHERED, *FORWARD, "-80g", "-800c", *GATHERED, "-80c", *REDUCED, "-80g", "-1600c"]
+    assert fsdp_step(True, whole=False) == [*GATHERED, *FORWARD, "-800g", "-800c", *BACKWARD, *REDUCED, "-80g", "-1600c"]
     assert fsdp_step(copies=2, reduce_itemsize=2)[-6:] == ["+400c", "-400c", "+400g", "-80g", "-800c", "-200c"]
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import groundplan as gp
 from groundplan.planner.chain import chain_of
-from groundplan.planner.placing import ranges as _ranges
 from groundplan.planner.partition import Partition, partition
 from groundplan.planner.placing import device_map
+from groundplan.planner.placing import ranges as _ranges
 
 transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -169,7 +169,7 @@ def test_numbers_that_follow_each_other_are_one_pattern() -> None:
 @pytest.mark.parametrize(
     ("plan", "cluster", "workload", "message"),
     [
-        (lambda: gp.trace(nn.Linear, 3, 4), "8GB", gp.Training(), "gp.Inference"),
+        (lambda: gp.trace(nn.Linear, 3, 4), "8GB", "training", "gp.Inference"),
         (lambda: gp.trace(nn.Linear, 3, 4).to("cuda"), "8GB", gp.Inference(), "moves to a device"),
         (lambda: gp.trace(nn.Linear, 3, 4).place({"*": "cpu"}), "8GB", gp.Inference(), "places tensors"),
         (lambda: gp.trace(nn.Linear, 3, 4), "2x8xH100-80GB", gp.Inference(), "2 nodes"),

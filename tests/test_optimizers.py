@@ -13,6 +13,7 @@ from torch import nn
 
 import groundplan as gp
 from groundplan.planner.adam import compiled_bytes, is_quantized
+from groundplan.planner.alike import Alike, alike
 from groundplan.planner.allocations import FIRST_OPTIMIZER, OPTIMIZER, Timeline
 from groundplan.planner.optimizer import Implementation, Trained
 from groundplan.planner.optimizers import OPTIMIZERS, clipping_pieces, state_pieces, working_pieces
@@ -45,6 +46,10 @@ class Bag(nn.Module):
         def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(shape, dtype=dtype))
+
+
+def by_kind(*parameters: Trained) -> Alike[Trained]:
+    return alike((f"parameter {number}", each) for number, each in enumerate(parameters))
 
 
 def trained(module: nn.Module) -> list[Trained]:
@@ -90,7 +95,7 @@ def test_the_state_is_that_of_the_real_optimizer(
     with torch.compiler.set_stance("force_eager"):
         for optimizer in optimizers:
             optimizer.step()
-    on_device, on_host = state_pieces(name, implementation, trained(module))
+    on_device, on_host = state_pieces(name, implementation, by_kind(*trained(module)))
     assert sum(nbytes for _, nbytes in [*on_device, *on_host]) == sum(map(state_bytes, optimizers))
 
 
@@ -199,14 +204,16 @@ def total(pieces: list[tuple[int, int]]) -> int:
 
 def test_what_torchao_quantizes() -> None:
     assert [is_quantized(numel) for numel in (4095, 4096, 4097, 8192)] == [False, True, False, True]
-    on_device, on_host = state_pieces("adamw-8bit", None, [Trained("cuda:0", (64, 128), BF16), Trained("cuda:0", (9,), BF16)])
+    on_device, on_host = state_pieces(
+        "adamw-8bit", None, by_kind(Trained("cuda:0", (64, 128), BF16), Trained("cuda:0", (9,), BF16))
+    )
     assert on_device == [(0, 2 * (8192 + 8192 // 256 * 4 + 1024)), (1, 2 * 9 * 2)] and total(on_host) == 4 + 2 * 4
     assert compiled_bytes((64, 128), True) == compiled_bytes((64, 128), False) == 2 * 4 * (8192 + 32)
     assert compiled_bytes((32, 256), True) == compiled_bytes((8192,), True) == compiled_bytes((9,), False) == 0
 
 
 def test_adafactor_keeps_rows_and_columns() -> None:
-    on_device, on_host = state_pieces("adafactor", None, [Trained("cpu", (5, 8, 6), F32), Trained("cpu", (7,), BF16)])
+    on_device, on_host = state_pieces("adafactor", None, by_kind(Trained("cpu", (5, 8, 6), F32), Trained("cpu", (7,), BF16)))
     assert on_device == [(0, 4 * (5 * 8 + 5 * 6)), (1, 14)] and total(on_host) == 8
     whole = 4 * 8 * 6 * 5
     assert total(working_pieces("adafactor", None, [Trained("cpu", (5, 8, 6), F32)])) == whole + 4 * (5 * 8 + 5 * 6 + 5)
@@ -222,7 +229,7 @@ def test_foreach_holds_two_groups_at_once() -> None:
 def test_muon_takes_a_matrix_in_halves() -> None:
     matrix = Trained("cuda:0", (100, 40), F32, hidden=True)
     assert total(working_pieces("muon", None, [matrix])) == 4 * 4000 + 2 * (2 * 4000 + 2 * 1600)
-    assert state_pieces("muon", None, [matrix]) == ([(0, 16000)], [])
+    assert state_pieces("muon", None, by_kind(matrix)) == ([(0, 16000)], [])
     assert total(working_pieces("muon", "fused", [Trained("cuda:0", (100, 40), F32)])) == 0
 
 
@@ -235,8 +242,8 @@ def test_clipping_takes_a_norm_for_each_gradient() -> None:
 
 
 def test_fused_counts_are_on_the_device() -> None:
-    assert state_pieces("adamw", "fused", [Trained("cuda:0", (5,), F32)]) == ([(0, 40), (0, 4)], [])
-    assert state_pieces("adamw", "foreach", [Trained("cuda:0", (5,), F32)]) == ([(0, 40)], [(0, 4)])
+    assert state_pieces("adamw", "fused", by_kind(Trained("cuda:0", (5,), F32))) == ([(0, 40), (0, 4)], [])
+    assert state_pieces("adamw", "foreach", by_kind(Trained("cuda:0", (5,), F32))) == ([(0, 40)], [(0, 4)])
 
 
 # -- which matrices are hidden ------------------------------------------------------------------------------------------

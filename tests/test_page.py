@@ -145,6 +145,7 @@ def test_every_section_is_there_and_named(report: gp.Report, text: str) -> None:
     page = Page(text)
     assert [title.strip() for title in page.text["h2"]] == [
         "Does it fit",
+        "Step time, predicted",
         "Memory by phase",
         "Memory over time",
         "What makes the peak",
