@@ -135,7 +135,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     code = [
         block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS, FITTED) for block in blocks
     ]
-    assert len(code) == 8
+    assert len(code) == 9
     for each in code:
         exec(each, names)
         torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
     """In one process: the first block as it stands, FSDP1, the last until it needs sixteen, and what it places without a GPU."""
-    by_hand, by_unit, by_plan, reckoned = readme_code()[SHARDED]
+    by_hand, by_unit, by_plan, by_layer, reckoned = readme_code()[SHARDED]
     mesh = init_device_mesh("cpu", (1,))
     names: dict[str, Any] = {"gp": gp, "torch": torch, "MyModel": MyModel, "config": 8, "mesh": mesh, "fully_shard": fully_shard}
     exec(by_hand, names)
@@ -162,6 +162,10 @@ def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
     exec(decided, names)
     assert names["plan"].decisions.sharding.describe() == "dp_shard=8 x tp=2"
     assert "place(" in built
+    names["plan"] = gp.trace(llama)
+    few = by_layer.replace("0-11", "0").replace("12-20", "1").replace("28-31", "1")  # the small model has two layers
+    exec(few, names)
+    assert [rule.level for rule in names["plan"].decisions.checkpointing] == ["full", "selective"]
     names["plan"] = gp.trace(llama)
     exec(reckoned.replace('"pp": 4', '"pp": 2').replace(', "ep": 8', ""), names)  # the small model has two layers, no experts
     names["plan"] = gp.trace(MyModel, 8)
