@@ -10,9 +10,10 @@ Where layers cannot be skipped, all of this happens once more with every layer r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,17 +77,36 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
             Skipping(module, run)
     found = Followed(on_cpu=traced.device == "cpu")
     layers = [run.layers[position] for run in runs for position in _run_positions(run)]
-    with imagined(found, module, inputs, traced.device, around=traced.around(found)) as faked:
+    skipped = set(_skipped(module, runs))
+    with imagined(found, module, inputs, traced.device, around=traced.around(found), left=skipped) as faked:
         handles = found.turns(module, [*traced.units, *layers])
         with found:
             found.phase(_RUN)
             with _its_own(runs):
                 forward_and_backward(module, faked, training)
+            _check_unused(skipped)
             label_gradients(found, module)
             found.phase(_RUN)
         for handle in handles:
             handle.remove()
     return cut(found.stream(), tuple(_on_device(found, traced.device)), runs, frozenset(found.early))
+
+
+def _skipped(module: nn.Module, runs: Sequence[Run]) -> Iterator[nn.Module]:
+    """The modules that are in skipped layers alone, which nothing looks into: their tensors need not be fake."""
+    layers = {layer for run in runs for position, layer in enumerate(run.layers) if run.round_of(position) is None}
+    places: dict[nn.Module, list[str]] = {}
+    for name, each in module.named_modules(remove_duplicate=False):
+        places.setdefault(each, []).append(name)
+    for each, names in places.items():
+        if all(not layers.isdisjoint(accumulate(name.split("."), "{}.{}".format)) for name in names):
+            yield each
+
+
+def _check_unused(skipped: Iterable[nn.Module]) -> None:
+    """Raise where code outside a skipped layer has used its parameters, which then have another device than the rest."""
+    if any(value.grad is not None for each in skipped for value in each._parameters.values() if value is not None):
+        raise CannotSkip("a parameter of a layer that is skipped has a gradient")
 
 
 @contextmanager
