@@ -10,7 +10,7 @@ Where layers cannot be skipped, all of this happens once more with every layer r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -84,7 +84,6 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
             found.phase(_RUN)
             with _its_own(runs):
                 forward_and_backward(module, faked, training)
-            _check_unused(skipped)
             label_gradients(found, module)
             found.phase(_RUN)
         for handle in handles:
@@ -93,7 +92,7 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
 
 
 def _skipped(module: nn.Module, runs: Sequence[Run]) -> Iterator[nn.Module]:
-    """The modules that are in skipped layers alone, which nothing looks into: their tensors need not be fake."""
+    """The modules that are in skipped layers alone: they stay on meta, and code elsewhere that looks at their tensors raises."""
     layers = {layer for run in runs for position, layer in enumerate(run.layers) if run.round_of(position) is None}
     places: dict[nn.Module, list[str]] = {}
     for name, each in module.named_modules(remove_duplicate=False):
@@ -101,12 +100,6 @@ def _skipped(module: nn.Module, runs: Sequence[Run]) -> Iterator[nn.Module]:
     for each, names in places.items():
         if all(not layers.isdisjoint(accumulate(name.split("."), "{}.{}".format)) for name in names):
             yield each
-
-
-def _check_unused(skipped: Iterable[nn.Module]) -> None:
-    """Raise where code outside a skipped layer has used its parameters, which then have another device than the rest."""
-    if any(value.grad is not None for each in skipped for value in each._parameters.values() if value is not None):
-        raise CannotSkip("a parameter of a layer that is skipped has a gradient")
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class Penalized(Stack):
     """Looks at the parameters of all layers, besides running them."""
 
     def forward(self, value: torch.Tensor) -> Any:
-        penalty = torch.stack([each.pow(2).sum() for each in self.parameters()]).sum()
+        penalty = sum(each.pow(2).sum() for each in self.parameters())
         return super().forward(value) * penalty
 
 
