@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -100,15 +100,19 @@ def imagined(
     device: str,
     offload: bool = False,
     around: AbstractContextManager[None] | None = None,
+    left: Container[nn.Module] = (),
 ) -> Iterator[Any]:
-    """The surroundings of a run: fake tensors are in `module`, whose tensors and inputs `found` knows; gives the fake inputs."""
+    """The surroundings of a run: fake tensors are in `module`, whose tensors and inputs `found` knows; gives the fake inputs.
+
+    Modules that never run may be `left` as they are.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     chosen = cuda_kernels() if device.startswith("cuda") else nullcontext()
     kept = (_values_looked_at(), _generators_kept(found), _sequences_not_packed(), _attention_known(found))
     with ExitStack() as stack:
         for each in (*kept, chosen, around or nullcontext(), mode):
             stack.enter_context(each)
-        make_fake(module, mode)
+        make_fake(module, mode, left)
         faked = fake_inputs(mode, inputs)
         for kind, name, tensor in tensors_of(module):
             found.label(tensor, kind, name, on_host=offload and kind == "parameter")

@@ -7,7 +7,7 @@ plan's device is kept aside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,8 +43,11 @@ def fake_inputs(mode: FakeTensorMode, inputs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda value: found[id(value)], inputs)
 
 
-def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake tensors in the places of all tensors of `module`: parameters, buffers, plain attributes; ties and views stay."""
+def make_fake(module: nn.Module, mode: FakeTensorMode, left: Container[nn.Module] = ()) -> None:
+    """Put fake tensors in the places of all tensors of `module`: parameters, buffers, plain attributes; ties and views stay.
+
+    Modules that never run may be `left` as they are.
+    """
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def changed(value: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,7 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
             known[id(value)] = (value, fake_local(mode, value) if is_dtensor else _parameter_like(value, fake(mode, value)))
         return known[id(value)][1]
 
-    for each in module.modules():
+    for each in (each for each in module.modules() if each not in left):
         places: tuple[dict[str, Any], ...] = (each._parameters, each._buffers)
         for place in places:
             for name, value in place.items():

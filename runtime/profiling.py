@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
             Skipping(module, run)
     found = Followed(on_cpu=traced.device == "cpu")
     layers = [run.layers[position] for run in runs for position in _run_positions(run)]
-    with imagined(found, module, inputs, traced.device, around=traced.around(found)) as faked:
+    skipped = set(_skipped(module, runs))
+    with imagined(found, module, inputs, traced.device, around=traced.around(found), left=skipped) as faked:
         handles = found.turns(module, [*traced.units, *layers])
         with found:
             found.phase(_RUN)
@@ -87,6 +89,17 @@ def _run(module: nn.Module, inputs: Any, training: Training, traced: Traced, run
         for handle in handles:
             handle.remove()
     return cut(found.stream(), tuple(_on_device(found, traced.device)), runs, frozenset(found.early))
+
+
+def _skipped(module: nn.Module, runs: Sequence[Run]) -> Iterator[nn.Module]:
+    """The modules that are in skipped layers alone: they stay on meta, and code elsewhere that looks at their tensors raises."""
+    layers = {layer for run in runs for position, layer in enumerate(run.layers) if run.round_of(position) is None}
+    places: dict[nn.Module, list[str]] = {}
+    for name, each in module.named_modules(remove_duplicate=False):
+        places.setdefault(each, []).append(name)
+    for each, names in places.items():
+        if all(not layers.isdisjoint(accumulate(name.split("."), "{}.{}".format)) for name in names):
+            yield each
 
 
 @contextmanager

@@ -147,6 +147,51 @@ def test_what_the_modules_code_raises_for_skipped_layers_has_them_run() -> None:
     assert plan.memory(training).phases["step"] == plan.memory(training, tier="T1").phases["step"]
 
 
+class Penalized(Stack):
+    """Looks at the parameters of all layers, besides running them."""
+
+    def forward(self, value: torch.Tensor) -> Any:
+        penalty = sum(each.pow(2).sum() for each in self.parameters())
+        return super().forward(value) * penalty
+
+
+def test_layers_whose_parameters_are_looked_at_elsewhere_are_not_skipped() -> None:
+    plan, training = gp.trace(Penalized, [(1, torch.exp)] * 9), gp.Training("sgd", batch_size=16)
+    assert plan.memory(training).phases["step"] == plan.memory(training, tier="T1").phases["step"]
+    assert not profile_for(plan, training).repeated
+
+
+def around(layer: nn.Module, times: int) -> None:
+    """Give a layer a forward of its own, as tensor parallelism does, which knows the layer and a number."""
+    own = layer.forward
+
+    def forward(value: torch.Tensor) -> Any:
+        return own(value.repeat(times, 1))[: len(value)]
+
+    layer.forward = forward
+
+
+@pytest.mark.parametrize("number", [3, 2])
+def test_forwards_of_their_own_are_alike_if_what_they_know_is(number: int) -> None:
+    stack = Stack([(1, torch.exp)] * 9)
+    for layer in stack.layers:
+        around(layer, 2)
+    around(stack.layers[5], 1)
+    stack.layers[5].forward = Layer.forward.__get__(stack.layers[5])
+    around(stack.layers[5], number)
+    assert any("layers.5" in run.layers for run in runs_of(stack)) == (number == 2)
+
+
+def test_layers_divided_by_tensor_parallelism_are_alike() -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, num_hidden_layers=9
+    )
+    plan = gp.trace(transformers.LlamaForCausalLM, config).shard({"tp": 2}, tensor="auto")
+    (run,) = profile_for(plan, gp.Training("sgd", batch_size=1, seq_len=8)).repeated
+    assert len(run.layers) == 9
+
+
 def test_an_error_of_the_profiles_own_is_not_taken_for_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*_: Any) -> Any:
         raise KeyError("a bug")
