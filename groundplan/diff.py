@@ -114,10 +114,8 @@ def diff(
     return PlanDiff(plan.decisions.constructor, tuple(differences), memories, times)
 
 
-def _check(plan: Plan, other: object) -> None:
-    from .plan import Plan
-
-    if not isinstance(other, Plan):
+def _check(plan: Plan, other: Plan) -> None:
+    if not isinstance(other, type(plan)):
         raise DecisionError(f"a plan is compared with another gp.Plan, not with {other!r}")
     if plan.decisions.fingerprint != other.decisions.fingerprint:
         raise DecisionError(
