@@ -191,7 +191,7 @@ class Plan:
         >>> plan = trace(torch.nn.Linear, 4096, 4096).to("cuda")
         >>> time = plan.step_time(Training("sgd", batch_size=4096), "1xH100-80GB")
         >>> print(time)  # doctest: +ELLIPSIS
-        5.... ms a step: compute ..., optimizer ...
+        5... ms a step: compute ..., optimizer ...
         """
         from .timing import step_time_of
 
