@@ -116,7 +116,7 @@ def _best(question: FitTraining) -> Tried | None:
         found = quick.found()
     except DecisionError:
         return None
-    return None if found is None else found.checked[0]
+    return None if found is None else found.best
 
 
 def _smaller_state(question: FitTraining) -> FitTraining | None:
