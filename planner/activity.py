@@ -71,10 +71,10 @@ def _at_peak(profile: Profile, scripts: Sequence[Script], added: bool) -> tuple[
 
 
 def _passing(held: Sequence[Held], device: str) -> Iterator[Change]:
-    """Come, and go."""
-    for sign in (1, -1):
-        for each in held:
-            yield Change(device, _name(each), sign * each.nbytes)
+    """Come, and go; what is below 0, let go under another name than it came, first and last."""
+    rising = sorted(held, key=lambda each: each.nbytes >= 0)
+    yield from (Change(device, _name(each), each.nbytes) for each in rising)
+    yield from (Change(device, _name(each), -each.nbytes) for each in reversed(rising))
 
 
 def _name(held: Held) -> str:

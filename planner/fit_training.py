@@ -18,7 +18,7 @@ from functools import cached_property
 
 from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
-from .block_time import Talking, block_time
+from .block_time import Talking, block_time, edges
 from .checkpointing import CheckpointRule
 from .choices import choose
 from .cluster import Cluster
@@ -284,10 +284,10 @@ class Search:
         decisions = decided(self.graph, layout.decisions, profile, rounds)
         fsdp, _ = rank_parts(self.graph, decisions, layout.workload)
         talking = Talking.of(decisions.sharding, fsdp)
-        seconds = [
-            layout.workload.accumulate * block_time(block, profile, talking, self.speeds).seconds for block in profile.blocks
-        ]
-        return Pure(profile, tuple(_passes(profile, fsdp, layout.workload.accumulate)), seconds)
+        times = [(block, block_time(block, profile, talking, self.speeds)) for block in profile.blocks]
+        seconds = [layout.workload.accumulate * time.seconds for _, time in times]
+        late = layout.workload.accumulate * edges(times)
+        return Pure(profile, tuple(_passes(profile, fsdp, layout.workload.accumulate)), seconds, late)
 
     # -- room -----------------------------------------------------------------------------------------------------------
 

@@ -31,11 +31,15 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Pure:
-    """A step in which every layer does the same: its profile, its passes, and the seconds of each of the profile's blocks."""
+    """A step in which every layer does the same: its profile, its passes, and the seconds of each of the profile's blocks.
+
+    `edge` are the seconds that come on top where the step begins and ends (`block_time.edges`), which the first layer bears.
+    """
 
     profile: Profile
     passes: tuple[Pass, ...]
     seconds: Sequence[float]
+    edge: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,5 +107,5 @@ def _choice(pure: Mapping[Key, Pure], key: Key, run: int, traced: int, passes: S
             level += item.net
     places = places_of(pure[key].profile)
     own = [index for index, place in enumerate(places) if (place.run, place.traced) == (run, traced)]
-    seconds = sum(pure[key].seconds[index] for index in own)
+    seconds = sum(pure[key].seconds[index] for index in own) + (pure[key].edge if run == traced == 0 else 0.0)
     return Choice(str(key), seconds * (1 + _LATER * (traced - list(pure).index(key) * (traced > 1))), held, needed)
