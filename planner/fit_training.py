@@ -28,13 +28,13 @@ from .fsdp_form import Fsdp, with_fsdp
 from .kept import kept_with
 from .layer_choices import Pass, Pure, keys_chosen, layer_classes, moments
 from .memory import Memory
-from .mixed import NoMix, check_mixable, mixed, rounds_of
+from .mixed import NoMix, check_mixable, mixed, places_of, rounds_of
 from .placing import ranges
 from .profile import NoProfile, Profile
 from .rank_memory import computing_device, rank_parts
 from .sharding import ReshardRule, matches, repeated_layers
 from .speeds import Speeds
-from .step_form import peak_of, plain
+from .step_form import Script, peak_of, plain
 from .step_time import StepTime, step_time
 from .verdict import MARGIN, Room, Verdict
 from .workload import Checkpointing, Training
@@ -256,7 +256,8 @@ class Search:
 
     def _chosen(self, layout: Layout, profiles: Mapping[Does, Profile], leanest: Tried) -> Tried:
         """What the program chooses, with less for it to go by for as long as that turns out to fall short."""
-        pure = {each: self._pure(layout, profile, each) for each, profile in profiles.items()}
+        several = len({each.gathered for each in profiles}) > 1
+        pure = {each: self._pure(layout, profile, each, several) for each, profile in profiles.items()}
         classes = layer_classes(pure)
         budget = self._left_for_layers(leanest, pure[next(iter(pure))])
         best = leanest
@@ -279,15 +280,16 @@ class Search:
         taken = step_time(profile, decisions.sharding, fsdp, parameters, layout.workload, self.speeds)
         return Tried(layout, decisions, found, found.fits(self.cluster, self.allowed.margin), taken, does, proven)
 
-    def _pure(self, layout: Layout, profile: Profile, does: Does) -> Pure:
+    def _pure(self, layout: Layout, profile: Profile, does: Does, several: bool) -> Pure:
         rounds = [(does,) * count for count in rounds_of(profile)]
         decisions = decided(self.graph, layout.decisions, profile, rounds)
         fsdp, _ = rank_parts(self.graph, decisions, layout.workload)
         talking = Talking.of(decisions.sharding, fsdp)
         times = [(block, block_time(block, profile, talking, self.speeds)) for block in profile.blocks]
-        seconds = [layout.workload.accumulate * time.seconds for _, time in times]
-        late = layout.workload.accumulate * edges(times)
-        return Pure(profile, tuple(_passes(profile, fsdp, layout.workload.accumulate)), seconds, late)
+        accumulate = layout.workload.accumulate
+        seconds = [accumulate * time.seconds for _, time in times]
+        passes = tuple(_passes(profile, fsdp, accumulate, several))
+        return Pure(profile, passes, seconds, accumulate * edges(times), does.gathered)
 
     # -- room -----------------------------------------------------------------------------------------------------------
 
@@ -328,13 +330,35 @@ class Search:
         return None if deadline is None else max(deadline - time.monotonic(), 1.0)
 
 
-def _passes(profile: Profile, fsdp: Fsdp | None, accumulate: int) -> Iterator[Pass]:
-    """The first micro-batch, and a later one, which FSDP adds where it reduces."""
+def _passes(profile: Profile, fsdp: Fsdp | None, accumulate: int, several: bool) -> Iterator[Pass]:
+    """The first micro-batch, and a later one, which FSDP adds where it reduces; with `several` also beside layers of another kind."""
     for later in (False, True)[: 1 + (accumulate > 1)]:
         if fsdp is None:
             yield Pass(plain(profile), later)
         else:
-            yield Pass(with_fsdp(profile, replace(fsdp, accumulates=later)))
+            now = replace(fsdp, accumulates=later)
+            yield Pass(with_fsdp(profile, now), other=_beside_others(profile, now) if several else ())
+
+
+def _beside_others(profile: Profile, fsdp: Fsdp) -> list[Script]:
+    """The scripts of every block where the layers before are gathered for longer, or less long, than its own."""
+    first, second = (with_fsdp(profile, _alternating(profile, fsdp, own)) for own in (0, 1))
+    return [(first, second)[place.traced % 2][index] for index, place in enumerate(places_of(profile))]
+
+
+def _alternating(profile: Profile, fsdp: Fsdp, own: int) -> Fsdp:
+    """FSDP with every other round the other way: those that a profile names by an even number, or an odd one, as they are."""
+    units = dict(fsdp.units)
+    for run in profile.repeated:
+        last = len(run.layers) // run.period - 1
+        for traced, number in enumerate((0, 1, 2, last)):
+            layers = run.layers[number * run.period : (number + 1) * run.period] if traced % 2 != own else ()
+            units |= {
+                name: replace(unit, reshard=not unit.reshard)
+                for name, unit in fsdp.units.items()
+                if any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+            }
+    return replace(fsdp, units=units)
 
 
 def in_order(tried: Sequence[Tried]) -> list[Tried]:
