@@ -26,7 +26,7 @@ from .decisions import Decisions
 from .estimate import memory
 from .fsdp_form import Fsdp, with_fsdp
 from .kept import kept_with
-from .layer_choices import Pass, Pure, keys_chosen, layer_classes, moments
+from .layer_choices import Pass, Pure, bases, keys_chosen, layer_classes
 from .memory import Memory
 from .mixed import NoMix, check_mixable, mixed, places_of, rounds_of
 from .placing import ranges
@@ -256,13 +256,13 @@ class Search:
 
     def _chosen(self, layout: Layout, profiles: Mapping[Does, Profile], leanest: Tried) -> Tried:
         """What the program chooses, with less for it to go by for as long as that turns out to fall short."""
-        several = len({each.gathered for each in profiles}) > 1
-        pure = {each: self._pure(layout, profile, each, several) for each, profile in profiles.items()}
+        pure = self.pure(layout, profiles)
         classes = layer_classes(pure)
+        base = bases(classes, next(iter(pure.values())).passes)
         budget = self._left_for_layers(leanest, pure[next(iter(pure))])
         best = leanest
         for _ in range(_ROUNDS):
-            chosen = choose(classes, {}, dict.fromkeys(moments(classes), budget), self._seconds_left())
+            chosen = choose(classes, base, dict.fromkeys(base, budget), self._seconds_left())
             if chosen is None:
                 break
             rounds = tuple(map(tuple, keys_chosen(chosen, list(pure))))
@@ -279,6 +279,11 @@ class Search:
         fsdp, parameters = rank_parts(self.graph, decisions, layout.workload)
         taken = step_time(profile, decisions.sharding, fsdp, parameters, layout.workload, self.speeds)
         return Tried(layout, decisions, found, found.fits(self.cluster, self.allowed.margin), taken, does, proven)
+
+    def pure(self, layout: Layout, profiles: Mapping[Does, Profile]) -> dict[Does, Pure]:
+        """The steps in which every layer does the same, of which the program knows what each layer takes."""
+        several = len({each.gathered for each in profiles}) > 1
+        return {each: self._pure(layout, profile, each, several) for each, profile in profiles.items()}
 
     def _pure(self, layout: Layout, profile: Profile, does: Does, several: bool) -> Pure:
         rounds = [(does,) * count for count in rounds_of(profile)]
@@ -315,7 +320,7 @@ class Search:
     def _left_for_layers(self, leanest: Tried, pure: Pure) -> int:
         """Bytes that forward and backward may come to in a rank, besides what is there all the time."""
         device = computing_device(self.graph, leanest.decisions)
-        scripts = max(peak_of(each.scripts, each.added).nbytes for each in pure.passes)
+        scripts = max(each.base + peak_of(each.scripts, each.added).nbytes for each in pure.passes)
         always = leanest.memory.by_device["step"][device] - scripts
         rooms = [room for room in leanest.verdict.rooms if room.place.startswith("host") == (device == "cpu")]
         return min(int(self._usable(room)) for room in rooms) - always
@@ -334,10 +339,17 @@ def _passes(profile: Profile, fsdp: Fsdp | None, accumulate: int, several: bool)
     """The first micro-batch, and a later one, which FSDP adds where it reduces; with `several` also beside layers of another kind."""
     for later in (False, True)[: 1 + (accumulate > 1)]:
         if fsdp is None:
-            yield Pass(plain(profile), later)
+            yield Pass(plain(profile), later, base=later * sum(profile.gradients.values()))
         else:
             now = replace(fsdp, accumulates=later)
-            yield Pass(with_fsdp(profile, now), other=_beside_others(profile, now) if several else ())
+            other = _beside_others(profile, now) if several else ()
+            yield Pass(with_fsdp(profile, now), other=other, base=later * _gradients(profile, now))
+
+
+def _gradients(profile: Profile, fsdp: Fsdp) -> int:
+    """A rank's part of them on its device."""
+    parts = (part for unit in fsdp.units.values() for part in unit.parts if part.name in profile.gradients)
+    return 0 if fsdp.offload else sum(part.numel * part.itemsize for part in parts)
 
 
 def _beside_others(profile: Profile, fsdp: Fsdp) -> list[Script]:

@@ -31,12 +31,14 @@ _LATER = 1e-9
 class Pass:
     """The scripts of a micro-batch, the first or a later one, whose gradients are `added` to those that are there.
 
-    Where layers differ in whether they stay gathered, `other` are those in which the layers before are the other way.
+    `base` are the bytes of those. Where layers differ in whether they stay gathered, `other` are the scripts in which the layers
+    before are the other way.
     """
 
     scripts: Sequence[Script]
     added: bool = False
     other: Sequence[Script] = ()
+    base: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,10 @@ def layer_classes(pure: Mapping[Key, Pure]) -> list[LayerClass]:
     ]
 
 
-def moments(classes: Sequence[LayerClass]) -> list[str]:
-    """Every moment that a choice says something of."""
-    return list(dict.fromkeys(moment for each in classes for choice in each.choices for moment in choice.held))
+def bases(classes: Sequence[LayerClass], passes: Sequence[Pass]) -> dict[str, int]:
+    """Every moment that a choice says something of, with what is there before the layers come."""
+    moments = dict.fromkeys(moment for each in classes for choice in each.choices for moment in choice.held)
+    return {moment: passes[int(moment.partition(":")[0])].base for moment in moments}
 
 
 def keys_chosen(chosen: Chosen, keys: Sequence[Key]) -> list[list[Key]]:
