@@ -89,7 +89,7 @@ def check_checkpointing(rules: Rules, graph: ParamGraph) -> None:
     matched = matched_modules(rules, graph)
     types = {module.name: module.type for module in graph.modules}
     for rule in rules:
-        if not any(found is rule for found in matched.values()):
+        if not any(found == rule for found in matched.values()):
             raise DecisionError(_no_match(rule, matched, graph))
     for name, rule in matched.items():
         if types[name] in NEVER_CALLED:

@@ -67,7 +67,7 @@ class Net(nn.Module):
 
 KINDS: dict[str, tuple[int, tuple[tuple[int, ...], ...]]] = {
     "activations": (64, ((96,) * 6,)),
-    "weights": (192, ((768,) * 7,)),
+    "weights": (192, ((768,) * 6,)),
     "two lists": (64, ((96,) * 5, (512,) * 5)),
     "taking turns": (64, ((96, 512) * 5,)),
 }
@@ -255,7 +255,8 @@ def test_nothing_that_fits_is_faster_than_what_is_found(seed: int) -> None:
     for whole in everything:
         if whole.seconds(instance.speeds) < best * (1 - 1e-6):
             verdict = whole.memory.fits(search.cluster, 0.05)
-            assert search.shortest(verdict) is not None, f"{whole.layout.describe()}: {[list(map(str, run)) for run in whole.rounds]}"
+            does = [list(map(str, run)) for run in whole.rounds]
+            assert search.shortest(verdict) is not None, f"{whole.layout.describe()}: {does}"
     assert not found.tried or any(abs(whole.seconds(instance.speeds) / best - 1) < 1e-6 for whole in everything)
 
 
@@ -268,12 +269,12 @@ def test_the_program_has_the_bytes_and_the_seconds_of_the_closed_form(seed: int)
         profiles = profiles_of(search, layout, does)
         pure = search.pure(layout, profiles)
         classes, base = layer_classes(pure), bases(layer_classes(pure), next(iter(pure.values())).passes)
-        offsets = set()
-        for rounds in chance.sample(list(assignments(rounds_of(profiles[does[0]]), does)), 8):
+        beside, offsets = set(), []
+        for rounds in chance.choices(list(assignments(rounds_of(profiles[does[0]]), does)), k=8):
             parts = [part for run in rounds for part in (run[:1], run[1:-2], run[-2:-1], run[-1:])]
             counts = [tuple(part.count(each) for each in does) for part in parts]
             whole = Whole(search, layout, mixed(profiles, rounds), rounds)
-            nbytes = max(bytes_of(classes, counts, base).values())
-            seconds = whole.seconds(instance.speeds) * layout.samples - cost_of(classes, counts)
-            offsets.add((whole.memory.phases["step"] - nbytes, round(seconds / cost_of(classes, counts), 7)))
-        assert len(offsets) == 1
+            beside.add(whole.memory.phases["step"] - max(bytes_of(classes, counts, base).values()))
+            offsets.append(whole.seconds(instance.speeds) * layout.samples - cost_of(classes, counts))
+        assert len(beside) == 1
+        assert max(offsets) - min(offsets) < 1e-6 * whole.seconds(instance.speeds) * layout.samples
