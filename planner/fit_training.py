@@ -247,7 +247,7 @@ class Search:
         if isinstance(profile, NoProfile):
             return profile
         rounds = tuple((does,) * count for count in rounds_of(profile)) or ((does,),)
-        return self._tried(layout, profile, rounds)
+        return self.tried(layout, profile, rounds)
 
     def _best_uniform(self, layout: Layout, does: Sequence[Does], leanest: Tried) -> Tried:
         found = [self._uniform(layout, each) for each in does]
@@ -266,14 +266,15 @@ class Search:
             if chosen is None:
                 break
             rounds = tuple(map(tuple, keys_chosen(chosen, list(pure))))
-            found = self._tried(layout, mixed(profiles, rounds), rounds, chosen.proven)
+            found = self.tried(layout, mixed(profiles, rounds), rounds, chosen.proven)
             room = self.shortest(found.verdict)
             if room is None:
                 return found if found.seconds <= best.seconds else best
             budget -= max(self.missing_at(room), _LEAST)
         return best
 
-    def _tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
+    def tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
+        """The plan of a layout in which layers do so, whether it fits or not, by the profile of just that."""
         decisions = decided(self.graph, layout.decisions, profile, does)
         found = memory(self.graph, decisions, layout.workload, profile)
         fsdp, parameters = rank_parts(self.graph, decisions, layout.workload)
