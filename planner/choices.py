@@ -121,8 +121,8 @@ def bytes_of(classes: Sequence[LayerClass], counts: Sequence[Sequence[int]], bas
 
 
 class _Program:
-    """Variables: for each choice how many layers take it, whether any does, whether several do, and whether what the first of them
-    follows is fetched ahead; for each moment what one layer needs besides."""
+    """Variables: for each choice how many layers take it, whether any does, whether several do, and whether what the first of
+    them follows is fetched ahead; for each moment what one layer needs besides."""
 
     def __init__(self, classes: Sequence[LayerClass], base: Mapping[str, int], budget: Mapping[str, int]) -> None:
         self._classes = classes

@@ -337,7 +337,7 @@ class Search:
 
 
 def _passes(profile: Profile, fsdp: Fsdp | None, accumulate: int, several: bool) -> Iterator[Pass]:
-    """The first micro-batch, and a later one, which FSDP adds where it reduces; with `several` also beside layers of another kind."""
+    """The first micro-batch, and a later one, which FSDP adds where it reduces; `several`: also beside layers of another kind."""
     for later in (False, True)[: 1 + (accumulate > 1)]:
         if fsdp is None:
             yield Pass(plain(profile), later, base=later * sum(profile.gradients.values()))

@@ -5,7 +5,7 @@ it. The blocks of a step in which layers do different things are the same, in th
 moment of it is linear in how many layers do what. A moment is the highest point within one block.
 
 But for one thing: FSDP gathers, in a layer's backward, the parameters of the layer before it, if that does not have them still.
-Such a buffer counts for the layer that it is of. It is there from the backward of the layer after it on (`Choice.ahead`) to its own.
+Such a buffer counts for the layer that it is of. It is there from the backward of the layer after it (`Choice.ahead`) to its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from .choices import Choice, Chosen, LayerClass
 from .mixed import TRACED, Key, Place, places_of, rounds_of
 from .profile import Profile
 from .step_form import Script, rise_and_net
-
 
 _MIDDLE = 1
 """The profile's round that stands for those in the middle."""
@@ -161,7 +160,7 @@ def _add_bytes(found: _Bytes, items: Sequence[_Item[Key]], own: tuple[int, int, 
 
 
 def _add_in_the_middle(found: _Bytes, item: _Item[Key], level: int, buffer: int) -> int:
-    """Those in the block of a round in the middle, where the first of the piece may follow another kind; what each round leaves."""
+    """Those in the block of a round in the middle, the first of which may follow another kind; what each round leaves."""
     net = item.net + buffer
     needed = buffer + item.rise
     found.held[item.moment], found.held[_between(item)] = level + net, level + max(net, 0)

@@ -1,7 +1,8 @@
 """Fitted plans carried out by real processes: `torchrun --nproc-per-node N -m tests.fit_ranks FOLDER` is one job.
 
-`FOLDER` holds the plans. Each rank takes two real steps of the plan that a case would be run with by default, and of the one that
-`plan.fit` found, on the CPU over gloo, and one step to compare with a single process; it writes what it finds to `FOLDER/RANK.json`.
+`FOLDER` holds the plans. Each rank takes two real steps of the plan that a case would be run with by default, and of the one
+that `plan.fit` found, on the CPU over gloo, and one step to compare with a single process; it writes what it finds to
+`FOLDER/RANK.json`.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ import groundplan as gp
 from groundplan.fitting_training import FitTraining, TrainingOptions
 from groundplan.planner.catalog import Device
 from groundplan.planner.choices import bytes_of, cost_of
+from groundplan.planner.estimate import memory
 from groundplan.planner.fit_training import Allowed, Does, Layout, Search, decided
 from groundplan.planner.layer_choices import bases, layer_classes
-from groundplan.planner.estimate import memory
 from groundplan.planner.memory import Memory
 from groundplan.planner.mixed import TRACED, mixed, rounds_of
 from groundplan.planner.profile import Profile
@@ -122,7 +122,9 @@ class Instance:
 
     def question(self) -> FitTraining:
         cluster = cluster_of(self.devices, self.nbytes)
-        return FitTraining(plan_of(self.kind), cluster, self.workload(), TrainingOptions(margin=0.05, speeds=speeds_of(self.speeds)))
+        return FitTraining(
+            plan_of(self.kind), cluster, self.workload(), TrainingOptions(margin=0.05, speeds=speeds_of(self.speeds))
+        )
 
     def search(self) -> Search:
         found = self.question().search(0.05)

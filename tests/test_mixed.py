@@ -57,16 +57,17 @@ def tried(model: str, divided: str, rounds: Any, accumulate: int = 1) -> Tried:
 @pytest.mark.parametrize("divided", DIVIDED)
 @pytest.mark.parametrize("model", MODELS)
 def test_it_is_the_memory_of_a_trace_and_of_a_run_of_the_very_plan(model: str, divided: str) -> None:
+    """At most 1 % less, and more by what a layer leaves to the next of another kind, which counts to the end of the forward."""
     chance = random.Random(f"{model} {divided}")
     _, layout, profiles = search_of(model, divided)
-    for number in range(3):
-        rounds = tuple(drawn(chance, count, list(profiles), in_order=number > 0) for count in rounds_of(next(iter(profiles.values()))))
-        found = tried(model, divided, rounds)
-        known = plan_of(model)._bound, found.decisions, layout.workload
-        traced, run = (forecast(*known, tier, None, None) for tier in ("T0", "T1"))  # type: ignore[arg-type]
-        for phase in PHASES:
-            assert found.memory.phases[phase] == pytest.approx(traced.phases[phase], rel=0.01), (phase, rounds)
-            assert found.memory.phases[phase] == pytest.approx(run.phases[phase], rel=0.03), (phase, rounds)
+    counts = rounds_of(next(iter(profiles.values())))
+    rounds = tuple(drawn(chance, count, list(profiles), in_order=divided == "FSDP") for count in counts)
+    found = tried(model, divided, rounds)
+    known = plan_of(model)._bound, found.decisions, layout.workload
+    traced, run = (forecast(*known, tier, None, None) for tier in ("T0", "T1"))
+    for phase in PHASES:
+        for truth in (traced.phases[phase], run.phases[phase]):
+            assert 0.99 * truth <= found.memory.phases[phase] <= 1.05 * truth, (phase, rounds)
 
 
 def drawn(chance: random.Random, count: int, does: list[Does], in_order: bool) -> tuple[Does, ...]:
@@ -118,3 +119,9 @@ def test_profiles_of_other_layers_are_refused() -> None:
     _, _, gpt = search_of("T5", "one device")
     with pytest.raises(NoMix, match="another order"):
         mixed({"a": next(iter(llama.values())), "b": next(iter(gpt.values()))}, [["a", "b"] * 3])
+
+
+def test_rules_that_are_given_again_are_the_same() -> None:
+    rules = {"model.layers.*": "full"}
+    first, second = (plan_of("Llama").checkpoint_activations(rules) for _ in range(2))
+    assert first.decisions == second.decisions
