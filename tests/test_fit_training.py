@@ -280,3 +280,13 @@ def test_the_program_has_the_bytes_and_the_seconds_of_the_closed_form(seed: int)
             offsets.append(whole.seconds(instance.speeds) * layout.samples - cost_of(classes, counts))
         assert len(beside) == 1
         assert max(offsets) - min(offsets) < 1e-6 * whole.seconds(instance.speeds) * layout.samples
+
+
+@pytest.mark.parametrize("seed", [5, 15, 30])
+def test_what_is_found_fits_in_a_run_of_its_step(seed: int) -> None:
+    instance = drawn(seed)
+    cluster, workload = cluster_of(instance.devices, instance.nbytes), instance.workload()
+    levels, speeds = instance.levels, speeds_of(instance.speeds)
+    plan = plan_of(instance.kind).fit(cluster, workload, checkpointing=levels, margin=0.05, speeds=speeds, tensor=None)
+    verdict = plan.memory(workload, tier="T1").fits(cluster, 0.05)
+    assert all(room.left >= room.margin for room in verdict.rooms)
