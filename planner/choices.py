@@ -17,6 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from ..tracer.errors import DecisionError
 
 _SLACK = 1e-6  # the share of a budget by which HiGHS may be over it, as it counts to about seven digits
+_DEAREST = 1000.0  # what the dearest choice costs HiGHS, to which costs that differ by a millionth of 1 are the same
 _OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2
 
 
@@ -131,7 +132,8 @@ class _Program:
         count = len(self._choices)
         self._any, self._several, self._follows, needs = (count * number for number in (1, 2, 3, 4))
         self.size = needs + len(self._moments)
-        self.costs = np.array([choice.seconds for _, choice in self._choices] + [0.0] * (self.size - count))
+        unit = max((abs(choice.seconds) for _, choice in self._choices), default=0.0) / _DEAREST or 1.0
+        self.costs = np.array([choice.seconds / unit for _, choice in self._choices] + [0.0] * (self.size - count))
         self.integral = np.array([1] * (3 * count) + [0] * (self.size - 3 * count))
         self.most = np.array([each.count for each, _ in self._choices] + [1] * (3 * count) + [np.inf] * len(self._moments))
         self.rows: list[np.ndarray] = []

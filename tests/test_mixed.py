@@ -122,6 +122,5 @@ def test_profiles_of_other_layers_are_refused() -> None:
 
 
 def test_rules_that_are_given_again_are_the_same() -> None:
-    rules = {"model.layers.*": "full"}
-    first, second = (plan_of("Llama").checkpoint_activations(rules) for _ in range(2))
+    first, second = (plan_of("Llama").checkpoint_activations({"model.layers.*": "full"}) for _ in range(2))
     assert first.decisions == second.decisions
