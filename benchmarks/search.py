@@ -1,7 +1,7 @@
 """How long `plan.fit` searches for training, without the run that checks what was found: published models on large clusters.
 
-`trace` is the constructor's trace, `search` everything after it in seconds of wall time, with forward and backward traced for each
-size of the tensor axis and level of checkpointing; beside it those of a processor, which other work on the machine does not
+`trace` is the constructor's trace, `search` everything after it in seconds of wall time, with forward and backward traced for
+each size of the tensor axis and level of checkpointing; beside it those of a processor, which other work on the machine does not
 lengthen much. `aim` is what it is to stay under on two cores.
 """
 

@@ -199,7 +199,7 @@ class FitTraining:
         """Every layout that is allowed, offloaded or not."""
         sizes = self._tensor.sizes(len(self.cluster.devices) or self.cluster.ranks)
         return [
-            Layout(axes, decided, workload)
+            Layout(axes, decided, workload, self._precision(compute, reduce))
             for decisions in self._stored()
             for workload in self._workloads()
             for compute in _several(self.options.compute_dtype)
@@ -207,6 +207,12 @@ class FitTraining:
             for axes in meshes(self.cluster, sizes, self.options.axes, sharded=offload or compute is not None)
             if (decided := self._sharded(decisions, axes, offload, compute, reduce)) is not None
         ]
+
+    def _precision(self, *dtypes: torch.dtype | None) -> str:
+        """What a layout computes and reduces in, where that is among what is chosen."""
+        given = (("computed", self.options.compute_dtype), ("reduced", self.options.reduce_dtype))
+        told = [(what, dtype) for (what, options), dtype in zip(given, dtypes, strict=True) if len(_several(options)) > 1]
+        return ", ".join(f"{what} {'as it is' if dtype is None else f'in {dtype}'}" for what, dtype in told)
 
     def _stored(self) -> Iterator[Decisions]:
         decisions = self.plan.decisions
