@@ -443,7 +443,7 @@ class Plan:
         (Move(kind='move', device='cuda:0'),)
         >>> plan.fit("1x8GB+64GB-cpu", Inference(batch_size=1)).decisions.placing.main
         'cuda:0'
-        >>> trained = plan.fit("4x24GB", Training("adamw", batch_size=4, inputs=(torch.ones(4, 8192),)))
+        >>> trained = plan.fit("4x24GB", Training("sgd", inputs=(torch.ones(64, 8192),)), tensor=None)
         >>> trained.decisions.sharding.describe()
         'dp_shard=4'
         """
