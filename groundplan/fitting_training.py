@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .forecast import forecast
+from .planner.checkpointing import check_checkpointing
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions
 from .planner.fit_training import LEVELS, Allowed, Found, Layout, Search, Short, Tried, in_order
@@ -97,6 +98,7 @@ class FitTraining:
 
             raise FitError(nothing_fits(self))
         best, verdict = found.best, found.verdict
+        check_checkpointing(best.decisions.checkpointing, self.plan.graph)
         with_earlier = replace(found.found, short=(*self.short, *found.found.short))
         record = Fitted(
             cluster=str(self.cluster),

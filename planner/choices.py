@@ -21,6 +21,10 @@ _DEAREST = 1000.0  # what the dearest choice costs HiGHS, to which costs that di
 _OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2
 
 
+class OutOfTime(DecisionError):
+    """There was not enough time to find any choice."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What a layer may do: its cost in seconds; at each moment bytes that each such layer holds, and that one needs besides.
@@ -62,7 +66,7 @@ def choose(
     """The cheapest choices with which every moment stays within its budget; None where there are none.
 
     Within `time_limit` seconds the best that was found (`proven` says whether it is known to be the best); raises
-    `DecisionError` where that is not enough to find any.
+    `OutOfTime` where that is not enough to find any.
 
     >>> keep, again = Choice("keep", 0.0, {"backward": 8}), Choice("run again", 1.0, {"backward": 1}, {"backward": 8})
     >>> choose([LayerClass("layer", 4, (keep, again))], {"backward": 2}, {"backward": 30}).counts
@@ -87,7 +91,7 @@ def _solved(program: _Program, classes: Sequence[LayerClass], time_limit: float 
     if result.x is None:
         if result.status == _INFEASIBLE:
             return None
-        raise DecisionError(f"no choice was found ({result.message}); give the search more time")
+        raise OutOfTime(f"no choice was found ({result.message}); give the search more time")
     counts = program.counts(result.x)
     return Chosen(counts, cost_of(classes, counts), result.status == _OPTIMAL)
 

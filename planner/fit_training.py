@@ -20,7 +20,7 @@ from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
 from .block_time import Talking, block_time, edges
 from .checkpointing import CheckpointRule
-from .choices import choose
+from .choices import OutOfTime, choose
 from .cluster import Cluster
 from .decisions import Decisions
 from .estimate import memory
@@ -270,16 +270,19 @@ class Search:
         budget = self._left_for_layers(leanest, pure[next(iter(pure))])
         best = leanest
         for _ in range(_ROUNDS):
-            chosen = choose(classes, base, dict.fromkeys(base, budget), self._seconds_left())
-            if chosen is None:
+            try:
+                chosen = choose(classes, base, dict.fromkeys(base, budget), self._seconds_left())
+            except OutOfTime:
                 break
+            if chosen is None:
+                return best
             rounds = tuple(map(tuple, keys_chosen(chosen, list(pure))))
             found = self.tried(layout, mixed(profiles, rounds), rounds, chosen.proven)
             room = self.shortest(found.verdict)
             if room is None:
                 return found if found.seconds <= best.seconds else best
             budget -= max(self.missing_at(room), _LEAST)
-        return best
+        return replace(best, proven=False)
 
     def tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
         """The plan of a layout in which layers do so, whether it fits or not, by the profile of just that."""
