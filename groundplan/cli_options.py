@@ -126,10 +126,13 @@ def sharded(shard: str | None, tensor: str | None, compute_dtype: str | None, re
         return None
     arguments: dict[str, Any] = {name: dtype(option(name), value) for name, value in dtypes.items() if value is not None}
     if tensor is not None:
-        arguments["tensor"] = (
-            tensor if tensor in ("auto", "infer") else _object("--tensor", tensor, str, '{"layers.*.up": "colwise"}')
-        )
+        arguments["tensor"] = tensor if tensor in ("auto", "infer") else rules(tensor)
     return Sharded(_object("--shard", shard, int, '{"dp": 8}'), arguments)
+
+
+def rules(text: str) -> dict[str, str]:
+    """The rules of `--tensor` that are JSON; raises `DecisionError`."""
+    return _object("--tensor", text, str, '{"layers.*.up": "colwise"}')
 
 
 def _object(name: str, text: str, kind: type, example: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .fit_text import CANDIDATES, FIT, CandidateLine, candidate_lines, fit_facts, who, who_stepped, would_help
 from .fold import fold_names
 from .layout import (
     checkpointing_line,
@@ -22,9 +23,10 @@ from .layout import (
 )
 from .planner.decisions import Cast, Decisions, Move, Rule, castable, final_device, final_dtype
 from .planner.estimate import memory
+from .planner.fitted import AnyFitted
 from .planner.records import dtype_name
 from .report_text import WAY_OUT, peak_line, step_line
-from .shown import Shown, heading, shortened
+from .shown import Shown, bullets, heading, shortened
 from .tracer.describe import describe_frame, describe_op, describe_part, describe_value, operator_name
 from .tracer.digraph import covers
 from .tracer.graph import Op, ParamGraph, Storage, StreamPosition, TensorNode
@@ -46,12 +48,16 @@ class Passage:
 
 @dataclass(frozen=True, repr=False)
 class Explanation(Shown):
-    """An explanation: facts first, then passages. `print()` shows it in at most 100 columns, a notebook and rich in colors."""
+    """An explanation: facts first, then passages. `print()` shows it in at most 100 columns, a notebook and rich in colors.
+
+    Of a plan that `plan.fit` decided, `fitted` is its record: the reasons and the candidates are shown between the two.
+    """
 
     title: str
     facts: tuple[Fact, ...]
     subtitle: str
     passages: tuple[Passage, ...]
+    fitted: AnyFitted | None = None
 
     def blocks(self, width: int) -> Iterator[RenderableType]:
         """What is shown, one below the other, none wider than `width` columns."""
@@ -62,6 +68,8 @@ class Explanation(Shown):
         for label, text in self.facts:
             grid.add_row(f"  {label}", Text(text))
         yield grid
+        if self.fitted is not None:
+            yield from _fit(self.fitted)
         if self.passages:
             yield heading(self.subtitle)
         for passage in self.passages:
@@ -78,6 +86,30 @@ def _passage(passage: Passage) -> Iterator[RenderableType]:
         grid.add_column(overflow="fold")
         grid.add_row("", Text(text.lstrip(), style=style))
         yield grid
+
+
+def _fit(fitted: AnyFitted) -> Iterator[RenderableType]:
+    """Why the search decided so, what else it looked at, and what would help."""
+    yield heading("what plan.fit decided, and why")
+    for reason in fitted.reasons:
+        yield from _passage(Passage(reason.what, (reason.why,)))
+    if lines := candidate_lines(fitted):
+        yield heading("layouts that were tried, the chosen one first")
+        yield _candidates(lines)
+    if helpful := would_help(fitted):
+        yield heading("would help, and is not carried out yet")
+        yield from bullets(helpful)
+
+
+def _candidates(lines: Sequence[CandidateLine]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("", width=3, no_wrap=True)
+    for name in CANDIDATES:
+        number = name in CANDIDATES[1:3]
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for line in lines:
+        table.add_row("  >" if line.chosen else "", *line[1:], style="bold" if line.chosen else "")
+    return table
 
 
 def explain(graph: ParamGraph, decisions: Decisions, name: str | None = None, left_whole: Sequence[str] = ()) -> Explanation:
@@ -134,17 +166,27 @@ def _storage(tensor: TensorNode, storage: Storage) -> str:
 
 def _steps_for(tensor: TensorNode, storage: Storage, decisions: Decisions) -> Iterator[Fact]:
     dtype, device = final_dtype(tensor, decisions), final_device(tensor, storage, decisions)
-    casts = [step for step in decisions.steps if isinstance(step, Cast)]
-    moves = [step for step in decisions.steps if isinstance(step, Move)]
-    rules = [found for cast in casts if castable(tensor) and (found := _rule(cast, tensor))]
+    casts = [(number, step) for number, step in enumerate(decisions.steps) if isinstance(step, Cast)]
+    moves = [number for number, step in enumerate(decisions.steps) if isinstance(step, Move)]
+    rules = [(number, found) for number, cast in casts if castable(tensor) and (found := _rule(cast, tensor))]
     if rules:
         change = f"{dtype_name(tensor.dtype)} → " if dtype != tensor.dtype else ""
-        yield "dtype", f"{change}{dtype_name(dtype)}, by {' and then '.join(_asked(rule) for rule in rules)}"
+        yield "dtype", f"{change}{dtype_name(dtype)}, by {' and then '.join(_cast_by(decisions, *each) for each in rules)}"
     elif casts:
         yield "dtype", f"{dtype_name(dtype)}: {_why_not_cast(tensor)}"
     if moves:
         stays = "a plain attribute stays where it was made"
-        yield "device", f"{device}: {stays if tensor.kind == 'attribute' else f'you asked to {step_line(moves[-1])}'}"
+        yield "device", f"{device}: {stays if tensor.kind == 'attribute' else _moved_by(decisions, moves[-1])}"
+
+
+def _moved_by(decisions: Decisions, number: int) -> str:
+    line = step_line(decisions.steps[number])
+    return f"plan.fit decided to {line}" if who_stepped(decisions, number) == FIT else f"you asked to {line}"
+
+
+def _cast_by(decisions: Decisions, number: int, rule: Rule) -> str:
+    whose = "plan.fit's cast" if who_stepped(decisions, number) == FIT else "your cast"
+    return f"{whose} to {rule.dtype}" if rule.pattern == "*" else f"{whose} of {rule.pattern!r} to {rule.dtype}"
 
 
 def _rule(cast: Cast, tensor: TensorNode) -> Rule | None:
@@ -152,17 +194,11 @@ def _rule(cast: Cast, tensor: TensorNode) -> Rule | None:
     return next((rule for name in tensor.names for rule in cast.rules if fnmatchcase(name, rule.pattern)), None)
 
 
-def _asked(rule: Rule) -> str:
-    return f"your cast to {rule.dtype}" if rule.pattern == "*" else f"your cast of {rule.pattern!r} to {rule.dtype}"
-
-
 def _why_not_cast(tensor: TensorNode) -> str:
     if tensor.kind == "attribute":
         return "a cast, like nn.Module.to, leaves plain attributes alone"
     return (
-        "no rule of your casts matches it"
-        if castable(tensor)
-        else "a cast, like nn.Module.to, leaves integers and booleans alone"
+        "no rule of the casts matches it" if castable(tensor) else "a cast, like nn.Module.to, leaves integers and booleans alone"
     )
 
 
@@ -212,29 +248,67 @@ def _position(position: StreamPosition, ops: Sequence[Op]) -> str:
 
 
 def _explain_decisions(graph: ParamGraph, decisions: Decisions, left_whole: Sequence[str]) -> Explanation:
-    ambient = decisions.ambient
-    moves = [step for step in decisions.steps if isinstance(step, Move)]
-    facts = [("device", f"{moves[-1].device}: you asked for it" if moves else _constructed_on(graph))]
+    fitted = decisions.fitted
+    facts = [*(() if fitted is None else fit_facts(fitted)), *_facts(graph, decisions)]
+    passages = tuple(Passage(f"{number}. {title}", lines) for number, (title, lines) in enumerate(_steps(graph, decisions), 1))
+    if left_whole:
+        passages += (Passage("left whole by the tensor axis, as a traced forward shows", tuple(left_whole)),)
+    order = "in your order" if fitted is None else "in order"
+    return Explanation(decisions.constructor, tuple(facts), f"steps after the constructor, {order}", passages, fitted)
+
+
+def _facts(graph: ParamGraph, decisions: Decisions) -> Iterator[Fact]:
+    """What is decided about the whole, and by whom."""
+    moves = [number for number, step in enumerate(decisions.steps) if isinstance(step, Move)]
+    if decisions.placing is None:
+        yield "device", _moved(decisions, moves[-1]) if moves else _constructed_on(graph)
     if not any(isinstance(step, Cast) for step in decisions.steps):
-        facts.append(("dtype", f"as constructed, under the default dtype {ambient.default_dtype}: you asked for no cast"))
-    layout = layout_line(decisions)
+        yield "dtype", f"as constructed, under the default dtype {decisions.ambient.default_dtype}: {_no_cast(decisions)}"
+    layout, kind = layout_line(decisions), _layout_kind(decisions)
     if layout is not None:
-        facts.append(("quantized" if decisions.quantizing else "layout", f"{layout}: you asked for it"))
+        yield "quantized" if decisions.quantizing else "layout", f"{layout}: {who(decisions, kind)}"
     again = checkpointing_line(decisions)
     if again is not None:
-        facts.append(("checkpointing", f"{again}: you asked for it"))
-    facts.append(("random stream", f"{decisions.reference}: {_why_stream(decisions)}"))
+        yield "checkpointing", f"{again}: {who(decisions, 'checkpointing')}"
+    yield "random stream", f"{decisions.reference}: {_why_stream(decisions)}"
     if decisions.bound_state is not None:
-        facts.append(("bound to", f"generator state {decisions.bound_state[:12]}: the constructor looks at random values"))
-    facts.append(("memory", peak_line(memory(graph, decisions))))
-    steps = tuple(_step(number, step, graph) for number, step in enumerate(decisions.steps, 1))
+        yield "bound to", f"generator state {decisions.bound_state[:12]}: the constructor looks at random values"
+    if decisions.fitted is None:
+        yield "memory", peak_line(memory(graph, decisions))
+
+
+def _moved(decisions: Decisions, number: int) -> str:
+    step = decisions.steps[number]
+    assert isinstance(step, Move)
+    return f"{step.device}: {who_stepped(decisions, number)}"
+
+
+def _no_cast(decisions: Decisions) -> str:
+    return "you asked for no cast" if decisions.fitted is None else "nothing is cast"
+
+
+def _layout_kind(decisions: Decisions) -> str:
+    """Which of the decisions `layout_line` is about."""
+    return next((name for name in ("sharding", "placing") if getattr(decisions, name) is not None), "quantizing")
+
+
+def _steps(graph: ParamGraph, decisions: Decisions) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Everything that is done after the constructor: a title and lines each."""
+    for number, step in enumerate(decisions.steps):
+        yield f"{step_line(step)}{_by_fit(decisions, who_stepped(decisions, number))}", tuple(_step(step, graph))
+    layout = layout_line(decisions)
     if layout is not None:
-        steps += (Passage(f"{len(steps) + 1}. {layout}", tuple(layout_lines(graph, decisions))),)
+        by = _by_fit(decisions, who(decisions, _layout_kind(decisions)))
+        yield f"{layout}{by}", tuple(layout_lines(graph, decisions))
+    again = checkpointing_line(decisions)
     if again is not None:
-        steps += (Passage(f"{len(steps) + 1}. {again}", tuple(checkpointing_lines(graph, decisions))),)
-    if left_whole:
-        steps += (Passage("left whole by the tensor axis, as a traced forward shows", tuple(left_whole)),)
-    return Explanation(decisions.constructor, tuple(facts), "steps after the constructor, in your order", steps)
+        by = _by_fit(decisions, who(decisions, "checkpointing"))
+        yield f"{again}{by}", tuple(checkpointing_lines(graph, decisions))
+
+
+def _by_fit(decisions: Decisions, by: str) -> str:
+    """Who it was, where there are two who decide."""
+    return "" if decisions.fitted is None else f" ({by})"
 
 
 def _constructed_on(graph: ParamGraph) -> str:
@@ -251,11 +325,13 @@ def _why_stream(decisions: Decisions) -> str:
     return f"what the constructor draws, it draws on {decisions.reference}"
 
 
-def _step(number: int, step: Cast | Move, graph: ParamGraph) -> Passage:
+def _step(step: Cast | Move, graph: ParamGraph) -> Iterator[str]:
     if isinstance(step, Move):
-        return Passage(f"{number}. {step_line(step)}", (f"every parameter and buffer, as module.to({step.device!r}) does",))
-    lines = [f"as module.to(torch.{dtype_name(step.uniform)}) does"] if step.uniform else []
-    return Passage(f"{number}. {step_line(step)}", (*lines, *_hits(step, graph)))
+        yield f"every parameter and buffer, as module.to({step.device!r}) does"
+        return
+    if step.uniform:
+        yield f"as module.to(torch.{dtype_name(step.uniform)}) does"
+    yield from _hits(step, graph)
 
 
 def _hits(cast: Cast, graph: ParamGraph) -> Iterator[str]:

@@ -12,9 +12,11 @@ from .planner.allocations import Timeline
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions
 from .planner.fit_serving import Serving, fit_serving
+from .planner.fitted import FittedServing, InferenceRecord, Reason
 from .planner.inference import Inference
 from .planner.inference_memory import by_rule
 from .planner.memory import Memory, human_bytes
+from .planner.partition import DISK, HOST
 from .planner.replayed_run import Allocator
 from .runtime.fake_inference import fake_inference
 from .tracer.errors import DecisionError, FitError
@@ -32,10 +34,50 @@ def fit_serving_plan(plan: Plan, cluster: Cluster, workload: Inference, disk: bo
     run = fake_inference(plan._bound, plan.decisions.to("cuda"), workload)
     search = _Search(plan, workload, disk, together, run)
     try:
-        return search.on(cluster).decisions
+        return _recorded(cluster, workload, search.on(cluster))
     except FitError as error:
         ways = " or ".join(_ways(search, cluster))
         raise FitError(f"{error}. {f'What fits: {ways}' if ways else 'Neither host memory nor int8 weights would do'}") from None
+
+
+def _recorded(cluster: Cluster, workload: Inference, found: Serving) -> Decisions:
+    """What was found, with the record of it."""
+    fitted = FittedServing(
+        cluster=str(cluster),
+        workload=InferenceRecord.of(workload),
+        verdict=found.verdict.verdict,
+        tier=found.memory.tier,
+        peak=found.memory.peak,
+        binding=found.verdict.binding.describe(),
+        reasons=tuple(_reasons(found)),
+    )
+    return found.decisions.model_copy(update={"fitted": fitted})
+
+
+def _reasons(found: Serving) -> Iterator[Reason]:
+    units, partition = found.chain.units, found.partition
+    weights = human_bytes(sum(unit.nbytes for unit in units) + found.chain.resident_bytes)
+    if found.decisions.placing is None:
+        why = f"{weights} of weights have room there, with what running takes"
+        yield Reason(what=f"all of it on cuda:{partition.main}", why=why)
+        return
+    held: dict[int, int] = {}
+    for unit, home in zip(units, partition.homes, strict=True):
+        held[home] = held.get(home, 0) + unit.nbytes
+    held = {home: nbytes for home, nbytes in held.items() if nbytes}
+    shares = ", ".join(f"{human_bytes(nbytes)} of weights {_at(home)}" for home, nbytes in held.items())
+    yield Reason(
+        what=f"consecutive layers: {shares}", why=f"no device has room for all {weights}, what running takes and a margin"
+    )
+    if found.offloaded:
+        yield Reason(
+            what=f"{human_bytes(found.offloaded)} of the weights not on the devices",
+            why="the fewest bytes for the room that the devices have, by an exact search",
+        )
+
+
+def _at(home: int) -> str:
+    return {HOST: "in host memory", DISK: "on disk"}.get(home, f"on cuda:{home}")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ import torch
 from .forecast import forecast
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions
-from .planner.fit_training import LEVELS, Allowed, Found, Layout, Search, Short, Tried
+from .planner.fit_training import LEVELS, Allowed, Found, Layout, Search, Short, Tried, in_order
 from .planner.fitted import Fitted, TrainingRecord
 from .planner.fitted_reasons import candidates, reasons
+from .planner.memory import Memory
 from .planner.meshes import meshes
 from .planner.profile import NoProfile, Profile
 from .planner.sharding import ROLES, sharding
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 Dtypes = torch.dtype | Sequence[torch.dtype | None] | None
-_RECHECKS = 4
+_RECHECKS = 8  # runs of a step
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class FitTraining:
             from .relaxing import nothing_fits
 
             raise FitError(nothing_fits(self))
-        best, tier, verdict = found.checked
+        best, verdict = found.best, found.verdict
         with_earlier = replace(found.found, short=(*self.short, *found.found.short))
         record = Fitted(
             cluster=str(self.cluster),
             workload=TrainingRecord.of(best.layout.workload),
             verdict=verdict.verdict,
-            tier=tier,
-            peak=best.memory.peak,
+            tier=found.memory.tier,
+            peak=found.memory.peak,
             binding=verdict.binding.describe(),
             seconds=best.time.total,
             samples=best.layout.samples,
@@ -164,31 +165,33 @@ class FitTraining:
         return profile_of(self.plan._bound, decisions, workload)
 
     def checked(self, layouts: Sequence[Layout], free: float) -> Checked | None:
-        """The best layout, held against the cluster by a run of its step."""
-        reserve = 0
+        """The best layout that a run of its step bears out; a layout that falls short has so much less to go by from then on."""
+        search = self.search(free)
+        found = search.over(layouts)
+        reserves: dict[int, int] = {}
         for _ in range(_RECHECKS):
-            search = self.search(free, reserve)
-            found = search.over(layouts)
             if not found.tried:
-                self.short.extend(found.short)
-                return None
+                break
             best = search.simplified(found.tried[0])
-            if self.options.tier == "T0":
-                return Checked(search, found, (best, "T0", best.verdict))
-            tier, verdict = self._run(best)
-            missing = self.search(free).missing(verdict)
+            memory, verdict = self._checked_by(best)
+            missing = search.missing(verdict)
             if missing <= 0:
-                return Checked(search, found, (best, tier, verdict))
-            reserve += missing
+                return Checked(search, found, best, memory, verdict)
+            layout = found.tried[0].layout
+            reserves[id(layout)] = reserves.get(id(layout), 0) + missing
+            found = _instead(found, layout, self.search(free, reserves[id(layout)]).of(layout))
+        self.short.extend(found.short)
         return None
 
-    def _run(self, best: Tried) -> tuple[str, Verdict]:
-        """The verdict on a run of the step; the closed form's where it cannot be run without values."""
+    def _checked_by(self, best: Tried) -> tuple[Memory, Verdict]:
+        """Memory and verdict by a run of the step; by the closed form where it cannot be run without values, or is not to be."""
+        if self.options.tier == "T0":
+            return best.memory, best.verdict
         try:
             memory = forecast(self.plan._bound, best.decisions, best.layout.workload, "T1", None, self.cluster)
         except MemoryRunError:
-            return "T0", best.verdict
-        return "T1", memory.fits(self.cluster, self.margin)
+            return best.memory, best.verdict
+        return memory, memory.fits(self.cluster, self.margin)
 
     # -- layouts --------------------------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class FitTraining:
         """Every layout that is allowed, offloaded or not."""
         sizes = self._tensor.sizes(len(self.cluster.devices) or self.cluster.ranks)
         return [
-            Layout(axes, decided, workload)
+            Layout(axes, decided, workload, self._precision(compute, reduce))
             for decisions in self._stored()
             for workload in self._workloads()
             for compute in _several(self.options.compute_dtype)
@@ -204,6 +207,12 @@ class FitTraining:
             for axes in meshes(self.cluster, sizes, self.options.axes, sharded=offload or compute is not None)
             if (decided := self._sharded(decisions, axes, offload, compute, reduce)) is not None
         ]
+
+    def _precision(self, *dtypes: torch.dtype | None) -> str:
+        """What a layout computes and reduces in, where that is among what is chosen."""
+        given = (("computed", self.options.compute_dtype), ("reduced", self.options.reduce_dtype))
+        told = [(what, dtype) for (what, options), dtype in zip(given, dtypes, strict=True) if len(_several(options)) > 1]
+        return ", ".join(f"{what} {'as it is' if dtype is None else f'in {dtype}'}" for what, dtype in told)
 
     def _stored(self) -> Iterator[Decisions]:
         decisions = self.plan.decisions
@@ -253,11 +262,20 @@ class FitTraining:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found, and of the best the tier and the verdict that it was checked by."""
+    """What was found, and of the best the memory and the verdict that it was checked by."""
 
     search: Search
     found: Found
-    checked: tuple[Tried, str, Verdict]
+    best: Tried
+    memory: Memory
+    verdict: Verdict
+
+
+def _instead(found: Found, layout: Layout, again: Tried | Short | NoProfile) -> Found:
+    """What was found, with something else for a layout."""
+    others = [each for each in found.tried if each.layout is not layout]
+    tried = in_order([*others, again] if isinstance(again, Tried) else others)
+    return replace(found, tried=tuple(tried), short=(*found.short, again) if isinstance(again, Short) else found.short)
 
 
 def _several(dtypes: Dtypes) -> list[torch.dtype | None]:

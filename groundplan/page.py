@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .markup import Markup, element, joined
+from .page_fit import fit
 from .page_memory import over_time, peak, phases
 from .page_parts import bar, bytes_cell, count_cell, heading, listing, section, swatch, table
 from .planner.records import dtype_name
@@ -77,6 +78,8 @@ def _script_data(data: Mapping[str, object]) -> Markup:
 
 def _sections(report: Report) -> Iterator[Markup]:
     yield _summary(report)
+    if report.decisions.fitted is not None:
+        yield fit(report.decisions.fitted)
     if report.verdict is not None:
         yield _verdict(report.verdict)
     if report.time is not None:

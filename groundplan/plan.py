@@ -19,6 +19,7 @@ from .planner.check_sharding import check_axes
 from .planner.checkpointing import checkpoint_rules
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions, default_decisions
+from .planner.fitted import workload_of
 from .planner.inference import Inference
 from .planner.memory import Memory
 from .planner.placing import placing
@@ -42,6 +43,7 @@ from .tracer.graph import ParamGraph
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .diff import PlanDiff
     from .fitting_training import Dtypes
     from .verification import Verification
 
@@ -117,6 +119,9 @@ class Plan:
     def explain(self, name: str | None = None) -> Explanation:
         """One tensor's recipe with its source lines; without a name, every decision with its reason.
 
+        Of a plan that `fit` decided: what it was fitted to, the verdict, the speed, why each decision was taken, and the layouts
+        that were tried beside the chosen one. Decisions of your own are told apart from those of the search.
+
         Raises `UnknownNameError`, with the nearest names.
 
         >>> print(trace(torch.nn.Linear, 3, 4).explain("bias"))  # doctest: +ELLIPSIS
@@ -186,11 +191,39 @@ class Plan:
         >>> plan = trace(torch.nn.Linear, 4096, 4096).to("cuda")
         >>> time = plan.step_time(Training("sgd", batch_size=4096), "1xH100-80GB")
         >>> print(time)  # doctest: +ELLIPSIS
-        1.... ms a step: compute ..., optimizer ...
+        5... ms a step: compute ..., optimizer ...
         """
         from .timing import step_time_of
 
         return step_time_of(self._bound, self.decisions, workload, cluster, speeds)
+
+    def diff(
+        self,
+        other: Plan,
+        workload: Workload | None = None,
+        cluster: Cluster | str | None = None,
+        *,
+        tier: Tier = "T0",
+        speeds: Speeds | None = None,
+    ) -> PlanDiff:
+        """What another plan of the same constructor decides differently, with memory by phase and step times side by side.
+
+        Decisions are compared by what they mean: two patterns that checkpoint the same layers are no difference. Memory is that
+        of `workload`, or else of what each plan was fitted to, micro-batches included, or of the weights alone; times are those
+        of `step_time`, on `cluster`, or on the one that a plan was fitted to, or by `speeds`. `tier` is as in `memory`. A plan
+        that was loaded and not bound is taken for this one's constructor.
+
+        Raises `DecisionError` for plans of different constructors or arguments, and what `memory` raises.
+
+        >>> plan = trace(lambda: torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3))))
+        >>> plan.diff(plan.cast(torch.bfloat16)).differences
+        (Difference(what='casts', this='none', other='cast to bfloat16'),)
+        >>> bool(plan.shard({"dp": 2}).diff(plan.shard({"dp": 2}, units=["0-2"])))
+        False
+        """
+        from .diff import diff
+
+        return diff(self, other, workload, cluster, tier, speeds)
 
     # -- deciding -------------------------------------------------------------------------------------------------------
 
@@ -380,25 +413,25 @@ class Plan:
     ) -> Plan:
         """Decide what makes the model fit a cluster, a `gp.Cluster` or a string such as `"8xH100-80GB"`, and be fast there.
 
-        **Training** (`gp.Training`): of all meshes of the cluster's ranks over replicate, shard and tensor axes the one with which
-        a sample takes the least time, with the layers that are checkpointed, and those whose parameters stay gathered between
-        forward and backward, chosen by a mixed-integer program under the bytes that each rank has. Time is predicted as by
-        `step_time`, memory as by `memory`; what is found is run on fake tensors (tier T1), and the search repeated with less room
-        where that takes more. `materialize` carries the plan out, and `explain` says why it is as it is.
+        **Training** (`gp.Training`): of all meshes of the cluster's ranks over replicate, shard and tensor axes the one with
+        which a sample takes the least time, with the layers that are checkpointed, and those whose parameters stay gathered
+        between forward and backward, chosen by a mixed-integer program under the bytes that each rank has. Time is predicted as
+        by `step_time`, memory as by `memory`; what is found is run on fake tensors (tier T1), and the search repeated with less
+        room where that takes more. `materialize` carries the plan out, and `explain` says why it is as it is.
 
         The rest is for what you want to decide yourself. `axes` gives sizes of axes: `{"tp": 8}`. `tensor` is as in `shard`, None
-        forbids a tensor axis; `"auto"` is a transformers model's own plan, or else one that is inferred. `offload` True or False forces
-        or forbids that shards and optimizer state live in host memory; None takes it where nothing fits otherwise and the cluster
-        says how much host memory there is. `checkpointing` is the levels that are allowed, all three if None, as is
+        forbids a tensor axis; `"auto"` is a transformers model's own plan, or else one that is inferred. `offload` True or False
+        forces or forbids that shards and optimizer state live in host memory; None takes it where nothing fits otherwise and the
+        cluster says how much host memory there is. `checkpointing` is the levels that are allowed, all three if None, as is
         `Training(checkpointing=...)` unless it is `"none"`. `dtype` is what weights may be cast to, `compute_dtype` and
         `reduce_dtype` are FSDP2's mixed precision: one of them, or several to choose from. With `split_batch` the batch may be
         split into micro-batches. `reserve` bytes stay free on each device, besides the `margin`, a share of what is needed (0.2;
         if nothing fits with it, 0 and "tight"). `time_limit` is in seconds: the best found by then. `tier="T0"` leaves out the
         run. `speeds` are measured ones (`gp.measure_speeds()`).
 
-        **Serving** (`gp.Inference`) on one node: one device has all of it, if one can; else each gets consecutive layers, and what
-        is left lies in host memory, or on disk if `disk` allows that: the fewest bytes for the room that there is, by an exact
-        search, with the cache and activations of `workload` counted. What is found is checked by the verdict, CUDA context,
+        **Serving** (`gp.Inference`) on one node: one device has all of it, if one can; else each gets consecutive layers, and
+        what is left lies in host memory, or on disk if `disk` allows that: the fewest bytes for the room that there is, by an
+        exact search, with the cache and activations of `workload` counted. What is found is checked by the verdict, CUDA context,
         allocator's rules and margin included; a place that falls short gets less room, and the search is repeated. `together` are
         patterns of modules that are not divided, every layer that repeats if None.
 
@@ -410,7 +443,7 @@ class Plan:
         (Move(kind='move', device='cuda:0'),)
         >>> plan.fit("1x8GB+64GB-cpu", Inference(batch_size=1)).decisions.placing.main
         'cuda:0'
-        >>> trained = plan.fit("4x24GB", Training("adamw", batch_size=4, inputs=(torch.ones(4, 8192),)))
+        >>> trained = plan.fit("4x24GB", Training("sgd", inputs=(torch.ones(64, 8192),)), tensor=None)
         >>> trained.decisions.sharding.describe()
         'dp_shard=4'
         """
@@ -697,7 +730,7 @@ class Plan:
         """The one that is asked about, or else the one that the plan was fitted to."""
         if workload is not None or self._workload is not None:
             return workload or self._workload
-        return None if self.decisions.fitted is None else self.decisions.fitted.workload.to_training()
+        return None if self.decisions.fitted is None else workload_of(self.decisions.fitted)
 
     @property
     def _bound(self) -> Build:

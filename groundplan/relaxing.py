@@ -1,4 +1,4 @@
-"""What to say where no plan for training fits: which phase and tensors are in the way, and what would do, each change tried."""
+"""What to say where no plan for training fits: what is in the way, and changes that would do, each tried."""
 
 from __future__ import annotations
 
@@ -49,15 +49,18 @@ def nothing_fits(question: FitTraining) -> str:
     """The error's text."""
     nearest = _nearest(question.short)
     ways = [each.describe() for each in relaxations(question)]
-    would = f"What fits, tried: {'; '.join(ways)}" if ways else "No single change or pair of changes that was tried makes it fit"
+    listed = "".join(f"\n  - {way}" for way in ways)
+    would = f"What fits, tried:{listed}" if ways else "No single change or pair of changes that was tried makes it fit"
     asked = f"nothing fits {question.cluster} for {_workload(question)}"
     helps = list(would_help(question, nearest.layout, nearest.layout.decisions, nearest.memory.peak))
-    not_yet = f". Would help, but is not carried out yet: {'; '.join(helps)}" if helps else ""
-    return f"{asked}: {_held(question, nearest)}. The nearest is {describe_short(nearest)}. {would}{not_yet}"
+    not_yet = f"\nWould help, but is not carried out yet: {'; '.join(helps)}" if helps else ""
+    return f"{asked}: {_held(question, nearest)}.\nThe nearest is {describe_short(nearest)}.\n{would}{not_yet}"
 
 
 def _nearest(short: Sequence[Short]) -> Short:
-    return min(short, key=lambda each: (each.room.needed - each.room.usable) / each.room.usable)
+    """Of every layout what the last search said, which left least free; of those the one that lacks the smallest share."""
+    last = {each.layout.describe(): each for each in short}.values()
+    return min(last, key=lambda each: (each.room.needed - each.room.usable) / each.room.usable)
 
 
 def _workload(question: FitTraining) -> str:
@@ -113,7 +116,7 @@ def _best(question: FitTraining) -> Tried | None:
         found = quick.found()
     except DecisionError:
         return None
-    return None if found is None else found.checked[0]
+    return None if found is None else found.best
 
 
 def _smaller_state(question: FitTraining) -> FitTraining | None:

@@ -68,6 +68,7 @@ class Report(Shown):
             "placing": self.decisions.placing and self.decisions.placing.model_dump(mode="json"),
             "quantizing": [each.model_dump(mode="json") for each in self.decisions.quantizing],
             "checkpointing": [rule.model_dump(mode="json") for rule in self.decisions.checkpointing],
+            "fitted": self.decisions.fitted and self.decisions.fitted.model_dump(mode="json"),
             "parameters": _totals(self.graph.parameters) | {"trainable": self.trainable},
             "buffers": _totals(self.graph.buffers),
             "attributes": _totals(self.attributes),

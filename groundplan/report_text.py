@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .fit_text import fit_line
 from .fold import fold_names
 from .layout import checkpointing_line, layout_line
 from .planner.decisions import Cast, Decisions, Move
@@ -81,6 +82,8 @@ def header_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "random stream", _STREAMS["cuda" if graph.reference.startswith("cuda") else "cpu"]
     yield "devices", ", ".join(dict.fromkeys(row.device for row in report.rows)) or "none"
     yield "decisions", "; ".join(decision_lines(report.decisions)) or "none: everything stays as constructed"
+    if report.decisions.fitted is not None:
+        yield "fit", fit_line(report.decisions.fitted)
 
 
 def _counted(tensors: Sequence[TensorNode]) -> str:
@@ -103,12 +106,12 @@ def _sizes(sizes: Mapping[torch.dtype, int]) -> str:
 
 
 def decision_lines(decisions: Decisions) -> list[str]:
-    """Everything that the user asked for, a line each."""
+    """Everything that was decided, a line each."""
     return [*map(step_line, decisions.steps), *filter(None, [layout_line(decisions), checkpointing_line(decisions)])]
 
 
 def step_line(step: Cast | Move) -> str:
-    """A step as the user asked for it: `cast to bfloat16`, `move to cuda`."""
+    """A step as it is asked for: `cast to bfloat16`, `move to cuda`."""
     if isinstance(step, Move):
         return f"move to {step.device}"
     if step.uniform is not None:

@@ -1,4 +1,4 @@
-"""The rules that a search divides layers by along a tensor axis, and between how many ranks: the user's, the model's, or inferred."""
+"""The rules by which a search divides layers along a tensor axis, the user's, the model's, or inferred ones, and its sizes."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from .planner.changes import HOST
 from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions
-from .planner.profile import NoProfile
 from .planner.held import computing_device
+from .planner.profile import NoProfile
 from .planner.rank_memory import rank_parts
 from .planner.speeds import Speeds
 from .planner.step_time import StepTime, check_timed, step_time

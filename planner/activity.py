@@ -89,9 +89,11 @@ def _at_peak(profile: Profile, scripts: Sequence[Script], added: bool) -> tuple[
 
 
 def _passing(held: Sequence[Held], device: str) -> Changes:
-    """Come, and go."""
-    found = Changes.on_one(device, [_name(each) for each in held], [each.nbytes for each in held])
-    return found + found.released()
+    """Come, and go; what is below 0, let go under another name than it came, first and last."""
+    rising = sorted(held, key=lambda each: each.nbytes >= 0)
+    come = Changes.on_one(device, [_name(each) for each in rising], [each.nbytes for each in rising])
+    go = Changes.on_one(device, [_name(each) for each in reversed(rising)], [-each.nbytes for each in reversed(rising)])
+    return come + go
 
 
 def _name(held: Held) -> str:

@@ -1,8 +1,9 @@
 """Which choice for how many layers of each class costs least within a budget of bytes: a mixed-integer program, by HiGHS.
 
-Layers of a class are alike, so that only how many of them take a choice matters, not which. At each *moment* (the end of the
-forward, the beginning or the end of the backward, inside the optimizer) the bytes are those of a base, of all layers as they
-have chosen, and of the one layer that then needs most.
+Layers of a class are alike, so that only how many of them take a choice matters, not which: the classes follow each other, and
+within one the layers that take the first choice come first. At each *moment* (the end of the forward, the beginning or the end of
+the backward, inside the optimizer) the bytes are those of a base, of all layers as they have chosen, and of the one layer that
+then needs most. What that one needs may depend on the layer before it, which is fetched ahead or not.
 """
 
 from __future__ import annotations
@@ -16,17 +17,25 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from ..tracer.errors import DecisionError
 
 _SLACK = 1e-6  # the share of a budget by which HiGHS may be over it, as it counts to about seven digits
+_DEAREST = 1000.0  # what the dearest choice costs HiGHS, to which costs that differ by a millionth of 1 are the same
 _OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a layer may do: its cost in seconds; at each moment bytes that each such layer holds, and that one needs besides."""
+    """What a layer may do: its cost in seconds; at each moment bytes that each such layer holds, and that one needs besides.
+
+    `between` is what one needs that follows another of its kind in its class; `ahead` comes on top of `needed` for one that
+    follows a layer that is `fetched` ahead.
+    """
 
     name: str
     seconds: float
     held: Mapping[str, int] = field(default_factory=dict)
     needed: Mapping[str, int] = field(default_factory=dict)
+    between: Mapping[str, int] = field(default_factory=dict)
+    ahead: Mapping[str, int] = field(default_factory=dict)
+    fetched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,66 +105,92 @@ def cost_of(classes: Sequence[LayerClass], counts: Sequence[Sequence[int]]) -> f
 
 def bytes_of(classes: Sequence[LayerClass], counts: Sequence[Sequence[int]], base: Mapping[str, int]) -> dict[str, int]:
     """The bytes at every moment of so many layers of each class with each of its choices."""
-    taken = [
-        (number, choice)
-        for each, of in zip(classes, counts, strict=True)
-        for number, choice in zip(of, each.choices, strict=True)
-    ]
-    everything = {moment: 0 for _, choice in taken for moment in (*choice.held, *choice.needed)} | dict(base)
-    return {
-        moment: nbytes
-        + sum(number * choice.held.get(moment, 0) for number, choice in taken)
-        + max((choice.needed.get(moment, 0) for number, choice in taken if number), default=0)
-        for moment, nbytes in everything.items()
-    }
+    pairs = zip(classes, counts, strict=True)
+    taken = [(number, choice) for each, of in pairs for number, choice in zip(of, each.choices, strict=True) if number]
+    held = dict(base)
+    needed: dict[str, int] = {}
+    before: Choice | None = None
+    for number, choice in taken:
+        for moment, nbytes in choice.held.items():
+            held[moment] = held.get(moment, 0) + number * nbytes
+        ahead = choice.ahead if before is not None and before.fetched else {}
+        ones = [{moment: nbytes + ahead.get(moment, 0) for moment, nbytes in choice.needed.items()}]
+        for moment, nbytes in (pair for one in (*ones, *([choice.between] if number > 1 else [])) for pair in one.items()):
+            needed[moment] = max(needed.get(moment, 0), nbytes)
+        before = choice
+    return {moment: held.get(moment, 0) + needed.get(moment, 0) for moment in {**held, **needed}}
 
 
 class _Program:
-    """Variables: for each choice how many layers take it, and whether any does; for each moment what one layer needs besides."""
+    """Variables: for each choice how many layers take it, whether any does, whether several do, and whether what the first of
+    them follows is fetched ahead; for each moment what one layer needs besides."""
 
     def __init__(self, classes: Sequence[LayerClass], base: Mapping[str, int], budget: Mapping[str, int]) -> None:
         self._classes = classes
         self._choices = [(each, choice) for each in classes for choice in each.choices]
         self._moments = list(budget)
         count = len(self._choices)
-        self.size = 2 * count + len(self._moments)
-        self.costs = np.array([choice.seconds for _, choice in self._choices] + [0.0] * (count + len(self._moments)))
-        self.integral = np.array([1] * (2 * count) + [0] * len(self._moments))
-        self.most = np.array([each.count for each, _ in self._choices] + [1] * count + [np.inf] * len(self._moments))
+        self._any, self._several, self._follows, needs = (count * number for number in (1, 2, 3, 4))
+        self.size = needs + len(self._moments)
+        unit = max((abs(choice.seconds) for _, choice in self._choices), default=0.0) / _DEAREST or 1.0
+        self.costs = np.array([choice.seconds / unit for _, choice in self._choices] + [0.0] * (self.size - count))
+        self.integral = np.array([1] * (3 * count) + [0] * (self.size - 3 * count))
+        self.most = np.array([each.count for each, _ in self._choices] + [1] * (3 * count) + [np.inf] * len(self._moments))
         self.rows: list[np.ndarray] = []
         self.low: list[float] = []
         self.high: list[float] = []
         self._add_counts()
-        self._add_moments(base, budget)
+        self._add_order()
+        for number, moment in enumerate(self._moments, needs):
+            self._add_moment(number, moment, base.get(moment, 0), budget[moment])
 
     def counts(self, found: np.ndarray) -> tuple[tuple[int, ...], ...]:
         """The numbers of layers in a solution."""
         numbers = iter(round(float(value)) for value in found)
         return tuple(tuple(next(numbers) for _ in each.choices) for each in self._classes)
 
-    def _add(self, low: float, high: float) -> np.ndarray:
-        self.rows.append(np.zeros(self.size))
+    def _add(self, low: float, high: float, values: Mapping[int, float]) -> np.ndarray:
+        row = np.zeros(self.size)
+        for index, value in values.items():
+            row[index] = value
+        self.rows.append(row)
         self.low.append(low)
         self.high.append(high)
-        return self.rows[-1]
+        return row
 
     def _add_counts(self) -> None:
-        """All layers of a class take some choice; none takes one that is not taken at all."""
+        """All layers of a class take some choice; none takes one that is not taken at all, nor any one that is."""
         for each in self._classes:
-            row = self._add(each.count, each.count)
-            row[[index for index, (of, _) in enumerate(self._choices) if of is each]] = 1
-        for index, (of, _) in enumerate(self._choices):
-            row = self._add(-np.inf, 0)
-            row[index], row[len(self._choices) + index] = 1, -of.count
+            self._add(each.count, each.count, {index: 1 for index, (of, _) in enumerate(self._choices) if of is each})
+        for index, (of, choice) in enumerate(self._choices):
+            self._add(-np.inf, 0, {index: 1, self._any + index: -of.count})
+            if not choice.fetched:
+                self._add(0, np.inf, {index: 1, self._any + index: -1})
+            if choice.between:
+                self._add(-np.inf, 1, {index: 1, self._several + index: 1 - of.count})
 
-    def _add_moments(self, base: Mapping[str, int], budget: Mapping[str, int]) -> None:
-        count = len(self._choices)
-        for number, moment in enumerate(self._moments, 2 * count):
-            unit = max(abs(budget[moment]), 1)
-            row = self._add(-np.inf, (budget[moment] - base.get(moment, 0)) / unit)
-            row[:count] = [choice.held.get(moment, 0) / unit for _, choice in self._choices]
-            row[number] = 1
-            for index, (_, choice) in enumerate(self._choices):
-                if choice.needed.get(moment, 0):
-                    at_least = self._add(0, np.inf)
-                    at_least[number], at_least[count + index] = 1, -choice.needed[moment] / unit
+    def _add_order(self) -> None:
+        """A layer follows one that is fetched ahead, where between them none takes a choice by which it is not."""
+        for index, (of, choice) in enumerate(self._choices):
+            earlier = self._before(index, of) if choice.ahead else []
+            for place, other in enumerate(earlier):
+                if self._choices[other][1].fetched:
+                    apart = {self._any + each: -1.0 for each in earlier[:place] if not self._choices[each][1].fetched}
+                    self._add(-np.inf, 0, {self._any + other: 1, self._follows + index: -1, **apart})
+
+    def _before(self, index: int, of: LayerClass) -> list[int]:
+        """The choices that the layer before may have taken, the nearest first: of its own class, and of the one before."""
+        own = next(place for place, (each, _) in enumerate(self._choices) if each is of)
+        above = self._choices[own - 1][0] if own else None
+        return [*range(index - 1, own - 1, -1), *(each for each in range(own - 1, -1, -1) if self._choices[each][0] is above)]
+
+    def _add_moment(self, number: int, moment: str, base: int, budget: int) -> None:
+        unit = max(abs(budget), 1)
+        held = {index: choice.held.get(moment, 0) / unit for index, (_, choice) in enumerate(self._choices)}
+        self._add(-np.inf, (budget - base) / unit, {**held, number: 1})
+        for index, (_, choice) in enumerate(self._choices):
+            needed, ahead = choice.needed.get(moment, 0) / unit, choice.ahead.get(moment, 0) / unit
+            if needed or ahead:
+                self._add(-ahead, np.inf, {number: 1, self._any + index: -needed - ahead, self._follows + index: -ahead})
+            if choice.between.get(moment, 0):
+                self._add(0, np.inf, {number: 1, self._several + index: -choice.between[moment] / unit})

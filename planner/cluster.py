@@ -166,6 +166,18 @@ def cluster_of(value: Cluster | str) -> Cluster:
     return Cluster.read(value) if value.endswith(".json") else Cluster.parse(value)
 
 
+def size_of(text: str) -> int:
+    """The bytes of a size; raises `DecisionError`, quoting it.
+
+    >>> size_of("2GB"), size_of("512 MiB")
+    (2000000000, 536870912)
+    """
+    try:
+        return _bytes_of(text, text)
+    except _BadPart as bad:
+        raise DecisionError(f"{bad.part!r} {bad.why}") from None
+
+
 # -- short strings ------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from pydantic import Field, StringConstraints, field_validator
 from ..tracer.errors import DecisionError, nearest
 from ..tracer.graph import Ambient, ParamGraph, Storage, TensorNode
 from .checkpointing import CheckpointRule
-from .fitted import Fitted
+from .fitted import AnyFitted, changed
 from .placing import Placing
 from .quantizing import Quantizing, check_layers
 from .records import DTYPES, Record, device_name, dtype_name, dtype_named
@@ -148,7 +148,7 @@ class Decisions(Record):
     `fingerprint` is the graph's. `bound_state` is a digest of the generator state that the tape holds for, where the constructor
     looked at random values; else None. `constructor` is for display only and never imported. `sharding` is None where one process
     builds it all, `placing` where that puts it on one device. `quantizing` is done after the steps, each to layers of its own.
-    `checkpointing` says which modules run again in the backward, and by which level.
+    `checkpointing` says which modules run again in the backward, and by which level. `fitted` is what `plan.fit` found.
     """
 
     constructor: str
@@ -163,7 +163,7 @@ class Decisions(Record):
     placing: Placing | None = None
     quantizing: tuple[Quantizing, ...] = ()
     checkpointing: tuple[CheckpointRule, ...] = ()
-    fitted: Fitted | None = None
+    fitted: AnyFitted | None = None
 
     @property
     def casts(self) -> tuple[Cast, ...]:
@@ -194,7 +194,7 @@ class Decisions(Record):
         if self.placing is not None:
             raise DecisionError("the plan places tensors on several devices of one process; it cannot be sharded as well")
         self._check_not_quantized("shard")
-        return self.model_copy(update={"sharding": sharding})
+        return self._with("sharding", sharding)
 
     def place(self, placing: Placing) -> Decisions:
         """These decisions, with each tensor on the device that `placing` says; raises `DecisionError` beside `to` and `shard`."""
@@ -204,7 +204,7 @@ class Decisions(Record):
             raise DecisionError("the plan moves the module to one device; leave out .to(...), or .place(...)")
         self._check_not_quantized("place")
         self._check_not_checkpointed("place")
-        return self.model_copy(update={"placing": placing})
+        return self._with("placing", placing)
 
     def quantize(self, quantizing: Quantizing) -> Decisions:
         """These decisions, followed by `quantizing`; raises `DecisionError` beside `shard` and `place`, and for a layer twice."""
@@ -213,14 +213,14 @@ class Decisions(Record):
                 raise DecisionError(f"a plan that quantizes builds on one device; leave out .{name}(...), or .quantize(...)")
         self._check_not_checkpointed("quantize")
         check_layers(quantizing, self.quantizing)
-        return self.model_copy(update={"quantizing": (*self.quantizing, quantizing)})
+        return self._with("quantizing", (*self.quantizing, quantizing))
 
     def checkpoint_activations(self, rules: tuple[CheckpointRule, ...]) -> Decisions:
         """These decisions, with what runs again in the backward; raises `DecisionError` beside `place` and `quantize`."""
         for name, other in (("place", self.placing), ("quantize", self.quantizing)):
             if other:
                 raise DecisionError(f"{_FOR_SERVING.format(name)}; leave out .{name}(...), or .checkpoint_activations(...)")
-        return self.model_copy(update={"checkpointing": rules})
+        return self._with("checkpointing", rules)
 
     def _check_not_checkpointed(self, name: str) -> None:
         if self.checkpointing:
@@ -235,7 +235,11 @@ class Decisions(Record):
             raise DecisionError(
                 "quantized layers are neither cast nor moved; say plan.cast(...) and plan.to(...) before .quantize(...)"
             )
-        return self.model_copy(update={"steps": (*self.steps, step)})
+        return self._with("steps", (*self.steps, step))
+
+    def _with(self, name: str, value: object) -> Decisions:
+        """These decisions with one of them made anew, which the record of a search then says."""
+        return self.model_copy(update={name: value, "fitted": changed(self.fitted, name)})
 
 
 def default_decisions(graph: ParamGraph, constructor: str, bound_state: str | None = None) -> Decisions:

@@ -49,8 +49,11 @@ def memory(
     Raises `DecisionError` where a cast gives one tied tensor two dtypes.
     """
     if _is_of_a_rank(decisions):
-        ranks = distinct_ranks(decisions.sharding)
-        return max((_of_rank(graph, decisions, workload, profile, rank) for rank in ranks), key=lambda each: each.peak)
+        found = {rank: _of_rank(graph, decisions, workload, profile, rank) for rank in distinct_ranks(decisions.sharding)}
+        most = max(found.values(), key=lambda each: each.peak)
+        of_rank = most.of_rank
+        assert of_rank is not None
+        return replace(most, of_rank=lambda index: found[index] if index in found else of_rank(index))
     timelines = timelines_of(graph, decisions, workload, profile=profile)
     by_device = {phase: changes.peaks() or {HOST: 0} for phase, changes in timelines.items()}
     left_out = _left_out(workload, profile, by_device, "activations")

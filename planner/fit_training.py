@@ -1,4 +1,4 @@
-"""Training fitted to a cluster: which mesh, what is gathered for how long, and which layers run again, so that a step is fast and fits.
+"""Training fitted to a cluster: which mesh, what stays gathered, and which layers run again, so that a step is fast and fits.
 
 1. every mesh of the cluster's ranks that the model can be divided along is a `Layout`, plain or offloaded, in each precision that
    is allowed
@@ -18,7 +18,7 @@ from functools import cached_property
 
 from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
-from .block_time import Talking, block_time
+from .block_time import Talking, block_time, edges
 from .checkpointing import CheckpointRule
 from .choices import choose
 from .cluster import Cluster
@@ -27,15 +27,15 @@ from .estimate import memory
 from .fsdp_form import Fsdp, with_fsdp
 from .held import computing_device
 from .kept import kept
-from .layer_choices import Pass, Pure, keys_chosen, layer_classes, moments
+from .layer_choices import Pass, Pure, bases, keys_chosen, layer_classes
 from .memory import Memory
-from .mixed import NoMix, check_mixable, mixed, rounds_of
+from .mixed import NoMix, check_mixable, mixed, places_of, rounds_of
 from .placing import ranges
 from .profile import NoProfile, Profile
 from .rank_memory import rank_parts
 from .sharding import ReshardRule, matches, repeated_layers
 from .speeds import Speeds
-from .step_form import peak_of, plain
+from .step_form import Script, peak_of, plain
 from .step_time import StepTime, step_time
 from .verdict import MARGIN, Room, Verdict
 from .workload import Checkpointing, Training
@@ -68,6 +68,7 @@ class Layout:
     axes: Mapping[str, int]
     decisions: Decisions
     workload: Training
+    precision: str = ""  # in words, where there are several
 
     @property
     def copies(self) -> int:
@@ -93,6 +94,7 @@ class Layout:
         parts = [" x ".join(f"{name}={size}" for name, size in self.axes.items()) or "one device"]
         parts += ["offloaded"] if sharding is not None and sharding.offload else []
         parts += [f"weights in {self.decisions.casts[-1].uniform}"] if self.decisions.casts else []
+        parts += [self.precision] if self.precision else []
         parts += [f"{workload.accumulate} micro-batches of {workload.batch_size}"] if workload.accumulate > 1 else []
         return ", ".join(parts)
 
@@ -155,7 +157,7 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Found:
-    """All that the search tried: plans that fit, best first, layouts in which none does, and those that could not be looked at."""
+    """All that the search tried: plans that fit, best first, layouts in which none does, and those of which nothing is known."""
 
     tried: tuple[Tried, ...]
     short: tuple[Short, ...]
@@ -220,7 +222,7 @@ class Search:
         if (short := self._without_activations(layout)) is not None:
             return short
         does = self.allowed.does(layout)
-        leanest = self._uniform(layout, does[0])
+        leanest = self._leanest(layout, does)
         if isinstance(leanest, NoProfile):
             return leanest
         if (room := self.shortest(leanest.verdict)) is not None:
@@ -242,13 +244,18 @@ class Search:
         room = self.shortest(found.fits(self.cluster, self.allowed.margin))
         return None if room is None else Short(layout, room, found)
 
+    def _leanest(self, layout: Layout, does: Sequence[Does]) -> Tried | NoProfile:
+        """The plan in which every layer keeps least; layers that do not repeat can only keep all."""
+        found = self._uniform(layout, does[0])
+        return self._leanest(layout, does[1:]) if isinstance(found, NoProfile) and len(does) > 1 else found
+
     def _uniform(self, layout: Layout, does: Does) -> Tried | NoProfile:
         """The plan in which every layer does the same."""
         profile = self.profile_of(layout.decisions, replace(layout.workload, checkpointing=does.level))
         if isinstance(profile, NoProfile):
             return profile
         rounds = tuple((does,) * count for count in rounds_of(profile)) or ((does,),)
-        return self._tried(layout, profile, rounds)
+        return self.tried(layout, profile, rounds)
 
     def _best_uniform(self, layout: Layout, does: Sequence[Does], leanest: Tried) -> Tried:
         found = [self._uniform(layout, each) for each in does]
@@ -257,38 +264,46 @@ class Search:
 
     def _chosen(self, layout: Layout, profiles: Mapping[Does, Profile], leanest: Tried) -> Tried:
         """What the program chooses, with less for it to go by for as long as that turns out to fall short."""
-        pure = {each: self._pure(layout, profile, each) for each, profile in profiles.items()}
+        pure = self.pure(layout, profiles)
         classes = layer_classes(pure)
+        base = bases(classes, next(iter(pure.values())).passes)
         budget = self._left_for_layers(leanest, pure[next(iter(pure))])
         best = leanest
         for _ in range(_ROUNDS):
-            chosen = choose(classes, {}, dict.fromkeys(moments(classes), budget), self._seconds_left())
+            chosen = choose(classes, base, dict.fromkeys(base, budget), self._seconds_left())
             if chosen is None:
                 break
             rounds = tuple(map(tuple, keys_chosen(chosen, list(pure))))
-            found = self._tried(layout, mixed(profiles, rounds), rounds, chosen.proven)
+            found = self.tried(layout, mixed(profiles, rounds), rounds, chosen.proven)
             room = self.shortest(found.verdict)
             if room is None:
                 return found if found.seconds <= best.seconds else best
             budget -= max(self.missing_at(room), _LEAST)
         return best
 
-    def _tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
+    def tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
+        """The plan of a layout in which layers do so, whether it fits or not, by the profile of just that."""
         decisions = decided(self.graph, layout.decisions, profile, does)
         found = memory(self.graph, decisions, layout.workload, profile)
         fsdp, parameters = rank_parts(self.graph, decisions, layout.workload)
         taken = step_time(profile, decisions.sharding, fsdp, parameters.each, layout.workload, self.speeds)
         return Tried(layout, decisions, found, found.fits(self.cluster, self.allowed.margin), taken, does, proven)
 
-    def _pure(self, layout: Layout, profile: Profile, does: Does) -> Pure:
+    def pure(self, layout: Layout, profiles: Mapping[Does, Profile]) -> dict[Does, Pure]:
+        """The steps in which every layer does the same, of which the program knows what each layer takes."""
+        several = len({each.gathered for each in profiles}) > 1
+        return {each: self._pure(layout, profile, each, several) for each, profile in profiles.items()}
+
+    def _pure(self, layout: Layout, profile: Profile, does: Does, several: bool) -> Pure:
         rounds = [(does,) * count for count in rounds_of(profile)]
         decisions = decided(self.graph, layout.decisions, profile, rounds)
         fsdp, _ = rank_parts(self.graph, decisions, layout.workload)
         talking = Talking.of(decisions.sharding, fsdp)
-        seconds = [
-            layout.workload.accumulate * block_time(block, profile, talking, self.speeds).seconds for block in profile.blocks
-        ]
-        return Pure(profile, tuple(_passes(profile, fsdp, layout.workload.accumulate)), seconds)
+        times = [(block, block_time(block, profile, talking, self.speeds)) for block in profile.blocks]
+        accumulate = layout.workload.accumulate
+        seconds = [accumulate * time.seconds for _, time in times]
+        passes = tuple(_passes(profile, fsdp, accumulate, several))
+        return Pure(profile, passes, seconds, accumulate * edges(times), does.gathered)
 
     # -- room -----------------------------------------------------------------------------------------------------------
 
@@ -314,7 +329,7 @@ class Search:
     def _left_for_layers(self, leanest: Tried, pure: Pure) -> int:
         """Bytes that forward and backward may come to in a rank, besides what is there all the time."""
         device = computing_device(self.graph, leanest.decisions)
-        scripts = max(peak_of(each.scripts, each.added).nbytes for each in pure.passes)
+        scripts = max(each.base + peak_of(each.scripts, each.added).nbytes for each in pure.passes)
         always = leanest.memory.by_device["step"][device] - scripts
         rooms = [room for room in leanest.verdict.rooms if room.place.startswith("host") == (device == "cpu")]
         return min(int(self._usable(room)) for room in rooms) - always
@@ -329,13 +344,42 @@ class Search:
         return None if deadline is None else max(deadline - time.monotonic(), 1.0)
 
 
-def _passes(profile: Profile, fsdp: Fsdp | None, accumulate: int) -> Iterator[Pass]:
-    """The first micro-batch, and a later one, which FSDP adds where it reduces."""
+def _passes(profile: Profile, fsdp: Fsdp | None, accumulate: int, several: bool) -> Iterator[Pass]:
+    """The first micro-batch, and a later one, which FSDP adds where it reduces; `several`: also beside layers of another kind."""
     for later in (False, True)[: 1 + (accumulate > 1)]:
         if fsdp is None:
-            yield Pass(plain(profile), later)
+            yield Pass(plain(profile), later, base=later * sum(profile.gradients.values()))
         else:
-            yield Pass(with_fsdp(profile, replace(fsdp, accumulates=later)))
+            now = replace(fsdp, accumulates=later)
+            other = _beside_others(profile, now) if several else ()
+            yield Pass(with_fsdp(profile, now), other=other, base=later * _gradients(profile, now))
+
+
+def _gradients(profile: Profile, fsdp: Fsdp) -> int:
+    """A rank's part of them on its device."""
+    parts = (part for unit in fsdp.units.values() for part in unit.parts if part.name in profile.gradients)
+    return 0 if fsdp.offload else sum(part.numel * part.itemsize for part in parts)
+
+
+def _beside_others(profile: Profile, fsdp: Fsdp) -> list[Script]:
+    """The scripts of every block where the layers before are gathered for longer, or less long, than its own."""
+    first, second = (with_fsdp(profile, _alternating(profile, fsdp, own)) for own in (0, 1))
+    return [(first, second)[place.traced % 2][index] for index, place in enumerate(places_of(profile))]
+
+
+def _alternating(profile: Profile, fsdp: Fsdp, own: int) -> Fsdp:
+    """FSDP with every other round the other way: those that a profile names by an even number, or an odd one, as they are."""
+    units = dict(fsdp.units)
+    for run in profile.repeated:
+        last = len(run.layers) // run.period - 1
+        for traced, number in enumerate((0, 1, 2, last)):
+            layers = run.layers[number * run.period : (number + 1) * run.period] if traced % 2 != own else ()
+            units |= {
+                name: replace(unit, reshard=not unit.reshard)
+                for name, unit in fsdp.units.items()
+                if any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+            }
+    return replace(fsdp, units=units)
 
 
 def in_order(tried: Sequence[Tried]) -> list[Tried]:

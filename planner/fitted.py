@@ -6,9 +6,21 @@ from typing import Annotated
 
 from pydantic import Field
 
+from .inference import Cache, Inference
 from .records import Record, dtype_name, dtype_named
 from .tiers import Word
 from .workload import Checkpointing, Training
+
+
+class Given(Record):
+    """An option that the user gave `plan.fit`, and its value in words."""
+
+    name: str
+    value: str
+
+    def describe(self) -> str:
+        """`compute_dtype=bfloat16`."""
+        return f"{self.name}={self.value}"
 
 
 class Reason(Record):
@@ -21,7 +33,7 @@ class Reason(Record):
 class Candidate(Record):
     """A layout that was tried, with the best that layers can do in it: seconds for a sample, bytes at the peak of a rank.
 
-    One that does not fit has no time; `short` says where it lacks how much.
+    One that does not fit has no time; `short` says where it lacks how much, `missing` how many bytes.
     """
 
     layout: str
@@ -29,6 +41,7 @@ class Candidate(Record):
     peak: int
     verdict: Word
     short: str = ""
+    missing: int | None = None
 
 
 class TrainingRecord(Record):
@@ -70,22 +83,98 @@ class TrainingRecord(Record):
         return f'Training("{self.optimizer}", {", ".join(f"{name}={value!r}" for name, value in told.items())})'
 
 
-class Fitted(Record):
-    """What a search decided for training: `seconds` of a step in which all ranks go through `samples`, on `cluster`.
+class InferenceRecord(Record):
+    """The workload of serving, without example inputs, which are no data."""
 
-    `tier` is the one that the peak was checked by. `binding` is the place with least to spare. `candidates` begin with what was
-    chosen. `would_help` is what the runtime does not carry out yet. Where `proven` is false, the time for the search was over.
+    batch_size: Annotated[int, Field(ge=1)]
+    seq_len: int | None = None
+    new_tokens: Annotated[int, Field(ge=1)] = 1
+    autocast: str | None = None
+    cache: Cache = "dynamic"
+
+    @classmethod
+    def of(cls, workload: Inference) -> InferenceRecord:
+        """The data of a workload."""
+        return cls(
+            batch_size=workload.batch_size,
+            seq_len=workload.seq_len,
+            new_tokens=workload.new_tokens,
+            autocast=None if workload.autocast is None else dtype_name(workload.autocast),
+            cache=workload.cache,
+        )
+
+    def to_inference(self) -> Inference:
+        """The workload again; its inputs are made from the module's signature."""
+        autocast = None if self.autocast is None else dtype_named(self.autocast)
+        return Inference(**{**self.model_dump(), "autocast": autocast})
+
+    def describe(self) -> str:
+        """`Inference(batch_size=1, seq_len=8192)`, with what is not as it is by default."""
+        default = InferenceRecord(batch_size=self.batch_size)
+        given = {name: value for name, value in self.model_dump().items() if value != getattr(default, name)}
+        told = {"batch_size": self.batch_size, **given}
+        return f"Inference({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
+
+class _Found(Record):
+    """What is known of every search: of a rank's peak, the tier that it was checked by, and the place with least to spare.
+
+    `options` are what the user said. `steps` are the places of the plan's steps that the search decided; those before are the
+    user's, and those after. `changed` names what was decided since: then the figures are those of the plan before.
     """
 
     cluster: str
-    workload: TrainingRecord
     verdict: Word
     tier: str
     peak: int
     binding: str
+    reasons: tuple[Reason, ...]
+    options: tuple[Given, ...] = ()
+    steps: tuple[int, ...] = ()
+    changed: tuple[str, ...] = ()
+
+
+class Fitted(_Found):
+    """What a search decided for training: `seconds` of a step in which all ranks go through `samples`, on `cluster`.
+
+    `candidates` begin with what was chosen. `would_help` is what the runtime does not carry out yet. Where `proven` is false, the
+    time for the search was over.
+    """
+
+    workload: TrainingRecord
     seconds: float
     samples: int
-    reasons: tuple[Reason, ...]
     candidates: tuple[Candidate, ...] = ()
     would_help: tuple[str, ...] = ()
     proven: bool = True
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of all ranks together."""
+        return self.samples / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks together; None where samples are not counted in tokens."""
+        return None if self.workload.seq_len is None else self.samples_per_second * self.workload.seq_len
+
+
+class FittedServing(_Found):
+    """What a search decided for serving on the devices of one node."""
+
+    workload: InferenceRecord
+
+
+AnyFitted = Fitted | FittedServing
+
+
+def workload_of(fitted: AnyFitted) -> Training | Inference:
+    """The workload that a plan was fitted to, as far as it is data."""
+    return fitted.workload.to_training() if isinstance(fitted, Fitted) else fitted.workload.to_inference()
+
+
+def changed(fitted: AnyFitted | None, name: str) -> AnyFitted | None:
+    """The record once something that it has figures for is decided anew."""
+    if fitted is None or name in fitted.changed:
+        return fitted
+    return fitted.model_copy(update={"changed": (*fitted.changed, name)})

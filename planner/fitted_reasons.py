@@ -26,25 +26,32 @@ def candidates(best: Tried, found: Found) -> Iterator[Candidate]:
     others = [each for each in found.tried if each.layout is not best.layout]
     for each in [best, *others][:_SHOWN]:
         yield Candidate(layout=each.layout.describe(), seconds=each.seconds, peak=each.memory.peak, verdict=each.verdict.verdict)
-    for short in sorted(found.short, key=lambda each: each.room.needed - each.room.usable)[:_SHOWN]:
+    for short in sorted(_only_short(found), key=lambda each: each.room.needed - each.room.usable)[:_SHOWN]:
         yield Candidate(
             layout=short.layout.describe(),
             peak=short.memory.peak,
             verdict="tight" if short.room.left >= 0 else "does not fit",
             short=short.room.describe(),
+            missing=max(short.room.margin - short.room.left, 0) if short.room.left >= 0 else -short.room.left,
         )
+
+
+def _only_short(found: Found) -> list[Short]:
+    """The layouts that fit in no search, one with less to leave free included, each once."""
+    fitting = {each.layout.describe() for each in found.tried}
+    return list({each.layout.describe(): each for each in found.short if each.layout.describe() not in fitting}.values())
 
 
 def _why_mesh(best: Tried, found: Found) -> str:
     time = f"{human_seconds(best.seconds)} a sample, {best.time}"
     others = [each for each in found.tried if each.layout is not best.layout]
+    count = len(_only_short(found))
     if not others:
-        count = len(found.short)
         return f"{time}; of {count + 1} layouts nothing else fits" if count else f"{time}; there is no other layout"
     other = others[0]
     slower = other.seconds / best.seconds - 1
     alike = f" which is as fast within {ALIKE:.0%} and less simple" if slower <= ALIKE else f" which takes {slower:.0%} longer"
-    return f"{time}; next is {other.layout.describe()},{alike}; {len(found.short)} layouts do not fit"
+    return f"{time}; next is {other.layout.describe()},{alike}; {count} layouts do not fit"
 
 
 def _why_layers(best: Tried, search: Search) -> Iterator[Reason]:

@@ -56,10 +56,10 @@ class Unit:
 class Fsdp:
     """How FSDP2 is applied: to which units, over how many ranks, and by which settings.
 
-    `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of the axis that gradients are reduced
-    along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu` says that collectives are gloo's,
-    which copies what it is given. `apart` are the numbers of ranks of those units that lie between others than the rest, as
-    experts do, by their names.
+    `reduce_itemsize` is None where gradients are reduced as they come. `copies` is the size of the axis that gradients are
+    reduced along besides (HSDP); `offload` says that shards are in the memory of the host. `on_cpu` says that collectives are
+    gloo's, which copies what it is given. `apart` are the numbers of ranks of those units that lie between others than the rest,
+    as experts do, by their names.
     """
 
     units: Mapping[str, Unit]

@@ -47,8 +47,8 @@ def _apart(graph: ParamGraph, sharding: Sharding) -> dict[str, int]:
 def reshard_of(sharding: Sharding, unit: str, apart: Mapping[str, int] = MappingProxyType({})) -> bool | int:
     """What a unit does after its forward, where 1 rank is not to reshard, and all ranks are to do it.
 
-    As torch's `_get_post_forward_mesh_info`. So a number is never 1. Of a unit that is `apart`, between other ranks, a number that
-    does not divide them, or is all of them, is to reshard.
+    As torch's `_get_post_forward_mesh_info`. So a number is never 1. Of a unit that is `apart`, between other ranks, a number
+    that does not divide them, or is all of them, is to reshard.
     """
     reshard, ranks = sharding.reshard_of(unit), apart.get(unit, sharding.shard_ranks)
     if not isinstance(reshard, bool) and ranks != sharding.shard_ranks:

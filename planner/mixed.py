@@ -1,13 +1,13 @@
 """A profile put together of several: of the same module and workload, but in each of which the layers do something else.
 
 A layer that repeats may be checkpointed or not. Of a module in which every layer is there is a profile, and of one in which none
-is; this makes that of one in which some are, without another trace. In a profile of layers that repeat (`runtime/profile_blocks.py`)
+is; this makes that of one in which some are, without another trace. In one of layers that repeat (`runtime/profile_blocks.py`)
 the first, the last and the last but one have blocks of their own, and one in the middle stands for all others there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Generic, TypeVar
@@ -28,7 +28,7 @@ class NoMix(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Piece(Generic[Key]):
-    """Rounds of a run that follow each other and do the same: `count` of them, from `start` on, by the profile's round `traced`."""
+    """Rounds of a run that follow each other and are alike: `count` of them, from `start` on, by the profile's round `traced`."""
 
     key: Key
     traced: int
@@ -39,15 +39,18 @@ class Piece(Generic[Key]):
 def pieces_of(keys: Sequence[Key]) -> list[Piece[Key]]:
     """The pieces of a run in which round `i` does `keys[i]`.
 
-    >>> [(each.key, each.traced, each.start, each.count) for each in pieces_of("aaabbb")]
-    [('a', 0, 0, 1), ('a', 1, 1, 2), ('b', 1, 3, 1), ('b', 2, 4, 1), ('b', 3, 5, 1)]
+    A round that follows one that does something else is a piece by itself: FSDP gathers ahead of it what those after it find.
+
+    >>> [(each.key, each.traced, each.start, each.count) for each in pieces_of("aaabbbbb")]
+    [('a', 0, 0, 1), ('a', 1, 1, 2), ('b', 1, 3, 1), ('b', 1, 4, 2), ('b', 2, 6, 1), ('b', 3, 7, 1)]
     """
     last = len(keys) - 1
     found = [Piece(keys[0], 0, 0, 1)]
     at = 1
     for key, same in groupby(keys[1 : last - 1]):
         count = len(list(same))
-        found.append(Piece(key, 1, at, count))
+        alone = int(key != keys[at - 1])
+        found += [Piece(key, 1, start, each) for start, each in ((at, alone), (at + alone, count - alone)) if each]
         at += count
     return [*found, Piece(keys[-2], 2, last - 1, 1), Piece(keys[-1], 3, last, 1)]
 
@@ -130,74 +133,81 @@ def places_of(profile: Profile) -> list[Place]:
 
 
 class _Mixed(Generic[Key]):
-    """Profiles side by side in one table of allocations, each with names of its own."""
+    """Blocks of several profiles in a row, with one table of all the allocations that they speak of."""
 
     def __init__(self, profiles: Mapping[Key, Profile], pieces: Sequence[Sequence[Piece[Key]]]) -> None:
         self.outer = next(iter(profiles.values()))
         self._pieces = pieces
         self._profiles = profiles
         self._allocations: list[Allocation] = []
-        self._first: dict[Key, int] = {}
-        self._renamed: dict[Key, dict[str, str]] = {}
-        for key, profile in profiles.items():
-            self._first[key] = len(self._allocations)
-            self._renamed[key] = self._names(key)
-            self._allocations += [self._of_key(each, self._renamed[key]) for each in profile.allocations]
+        self._places: dict[object, int] = {}
+        self._names = {(run, each): self._called(run, each) for run, several in enumerate(pieces) for each in several}
 
     def profile(self) -> Profile:
         outer = self.outer
-        early = {self._rename(name, key) for key, profile in self._profiles.items() for name in profile.early}
         repeated = tuple(
             Repeated(run.layers, run.period, tuple((each.start, range(each.start, each.start + each.count)) for each in pieces))
             for run, pieces in zip(outer.repeated, self._pieces, strict=True)
         )
-        return replace(
-            outer,
-            allocations=tuple(self._allocations),
-            blocks=tuple(self._blocks()),
-            repeated=repeated,
-            early=frozenset(early),
+        blocks = tuple(self._blocks())
+        return replace(outer, allocations=tuple(self._allocations), blocks=blocks, repeated=repeated, early=self._early())
+
+    def _early(self) -> frozenset[str]:
+        """Modules outside the layers, and in them by the pieces that these are in."""
+        outside = {name for name in self.outer.early if self.outer.class_of(name) == name}
+        inside = (
+            _renamed(name, names)
+            for (_, piece), names in self._names.items()
+            for name in self._profiles[piece.key].early
+            if _layer_of(name, names) is not None
         )
+        return frozenset(outside.union(inside))
 
-    # -- names ----------------------------------------------------------------------------------------------------------
-
-    def _names(self, key: Key) -> dict[str, str]:
-        """What the layers of a key's blocks are called: by the first round of each piece, so that no two have one name."""
-        found: dict[str, str] = {}
-        for run, pieces in zip(self.outer.repeated, self._pieces, strict=True):
-            last = len(run.layers) // run.period - 1
-            for piece in (each for each in pieces if each.key == key):
-                traced = last if piece.traced == TRACED - 1 else piece.traced
-                for place in range(run.period):
-                    named, layer = run.layers[traced * run.period + place], run.layers[piece.start * run.period + place]
-                    found.setdefault(named, layer)
-        return found
-
-    def _rename(self, name: str, key: Key) -> str:
-        return _renamed(name, self._renamed[key])
-
-    @staticmethod
-    def _of_key(each: Allocation, names: Mapping[str, str]) -> Allocation:
-        name, module = _renamed(each.name, names), _renamed(each.module, names)
-        return each if (name, module) == (each.name, each.module) else replace(each, name=name, module=module)
+    def _called(self, number: int, piece: Piece[Key]) -> dict[str, str]:
+        """What the layers of the profile's round are called in a piece: by its first round, so that no two have one name."""
+        run = self.outer.repeated[number]
+        traced = len(run.layers) // run.period - 1 if piece.traced == TRACED - 1 else piece.traced
+        places = range(run.period)
+        return {run.layers[traced * run.period + each]: run.layers[piece.start * run.period + each] for each in places}
 
     # -- blocks ---------------------------------------------------------------------------------------------------------
 
     def _blocks(self) -> Iterator[Block]:
-        for place, of in enumerate(places_of(self.outer)):
+        for index, of in enumerate(places_of(self.outer)):
             pieces = [each for each in self._pieces[of.run] if each.traced == of.traced]
+            if not of.inside:
+                yield self._block(of.run, pieces[-1 if of.forward else 0], index, 1)
+                continue
             for piece in pieces if of.forward else reversed(pieces):
-                yield self._block(piece.key, place, piece.count if of.inside else 1)
+                yield self._block(of.run, piece, index, piece.count)
 
-    def _block(self, key: Key, place: int, times: int) -> Block:
-        block = self._profiles[key].blocks[place]
-        return Block(times, tuple(self._part(part, key) for part in block.parts), block.run)
+    def _block(self, run: int, piece: Piece[Key], index: int, times: int) -> Block:
+        block = self._profiles[piece.key].blocks[index]
+        return Block(times, tuple(self._part(part, run, piece) for part in block.parts), block.run)
 
-    def _part(self, part: Mark | Stretch, key: Key) -> Mark | Stretch:
+    def _part(self, part: Mark | Stretch, run: int, piece: Piece[Key]) -> Mark | Stretch:
         if isinstance(part, Mark):
-            return replace(part, unit=self._rename(part.unit, key))
-        first = self._first[key]
-        return replace(part, events=tuple(Event(each.allocation + first, each.count) for each in part.events))
+            return replace(part, unit=_renamed(part.unit, self._names[run, piece]))
+        events = (Event(self._place(each.allocation, run, piece), each.count) for each in part.events)
+        return replace(part, events=tuple(events))
+
+    def _place(self, index: int, run: int, piece: Piece[Key]) -> int:
+        """Where an allocation of a profile is in the table, as a piece speaks of it."""
+        known = (index, run, piece)
+        if known not in self._places:
+            self._places[known] = self._added(index, piece.key, self._names[run, piece])
+        return self._places[known]
+
+    def _added(self, index: int, key: Key, names: Mapping[str, str]) -> int:
+        """A gradient has one place, whichever profile it is of; so has what is in no layer of the piece, in each profile."""
+        each = self._profiles[key].allocations[index]
+        name, module = _renamed(each.name, names), _renamed(each.module, names)
+        own = (each.name, each.module) != (name, module)
+        place = ("gradient", name) if each.kind == "gradient" else (index, key, name, module)
+        if place not in self._places:
+            self._places[place] = len(self._allocations)
+            self._allocations.append(replace(each, name=name, module=module) if own else each)
+        return self._places[place]
 
 
 def _turn(runs: Sequence[int]) -> int:
@@ -207,7 +217,9 @@ def _turn(runs: Sequence[int]) -> int:
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
     """A name with the layer that it is in called otherwise."""
-    for layer, other in names.items():
-        if name == layer or name.startswith(f"{layer}."):
-            return other + name[len(layer) :]
-    return name
+    layer = _layer_of(name, names)
+    return name if layer is None else names[layer] + name[len(layer) :]
+
+
+def _layer_of(name: str, layers: Iterable[str]) -> str | None:
+    return next((layer for layer in layers if name == layer or name.startswith(f"{layer}.")), None)

@@ -110,14 +110,14 @@ class _Gap(NamedTuple):
 
 
 def _host_run(units: Sequence[Unit], gap: _Gap, host: int) -> range:
-    """The consecutive units of a gap with the most bytes that host memory has room for; the first ones of several."""
+    """The consecutive units of a gap with the most bytes that host memory has room for; of several the most, and the first."""
     best, most, start, held = range(0), -1, gap.start, 0
     for stop in range(gap.start, gap.stop):
         held += units[stop].nbytes
         while held > host:
             held -= units[start].nbytes
             start += 1
-        if held > most and start <= stop:
+        if start <= stop and (held, stop + 1 - start) > (most, len(best)):
             best, most = range(start, stop + 1), held
     return best
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..tracer.errors import DecisionError
 from .allocations import FIRST_OPTIMIZER, FIRST_STEP, OPTIMIZER, STEP

@@ -115,6 +115,7 @@ def readme_code() -> dict[str, list[str]]:
 
 SHARDED = "Sharded: each rank only its own part"
 CHECKPOINTS = "Checkpoints"
+FITTED = "Fitted to a cluster"
 
 
 @pytest.fixture
@@ -131,8 +132,10 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"MyModel": MyModel, "args": (8,), "kwargs": {}}
-    code = [block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS) for block in blocks]
-    assert len(code) == 8
+    code = [
+        block for heading, blocks in readme_code().items() if heading not in (SHARDED, CHECKPOINTS, FITTED) for block in blocks
+    ]
+    assert len(code) == 9
     for each in code:
         exec(each, names)
         torch.manual_seed(0)
@@ -141,7 +144,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
     """In one process: the first block as it stands, FSDP1, the last until it needs sixteen, and what it places without a GPU."""
-    by_hand, by_unit, by_plan, reckoned = readme_code()[SHARDED]
+    by_hand, by_unit, by_plan, by_layer, reckoned = readme_code()[SHARDED]
     mesh = init_device_mesh("cpu", (1,))
     names: dict[str, Any] = {"gp": gp, "torch": torch, "MyModel": MyModel, "config": 8, "mesh": mesh, "fully_shard": fully_shard}
     exec(by_hand, names)
@@ -159,6 +162,10 @@ def test_the_readmes_code_on_sharding_runs(process_group: None) -> None:
     exec(decided, names)
     assert names["plan"].decisions.sharding.describe() == "dp_shard=8 x tp=2"
     assert "place(" in built
+    names["plan"] = gp.trace(llama)
+    few = by_layer.replace("0-11", "0").replace("12-20", "1").replace("28-31", "1")  # the small model has two layers
+    exec(few, names)
+    assert [rule.level for rule in names["plan"].decisions.checkpointing] == ["full", "selective"]
     names["plan"] = gp.trace(llama)
     exec(reckoned.replace('"pp": 4', '"pp": 2').replace(', "ep": 8', ""), names)  # the small model has two layers, no experts
     names["plan"] = gp.trace(MyModel, 8)
@@ -180,18 +187,43 @@ def test_the_readmes_code_on_checkpoints_runs(tmp_path: Path, monkeypatch: pytes
     assert load_file("initial/model.safetensors").keys() == state.keys()
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+
+
 def llama() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
-    module: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
+    module: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
     return module
+
+
+def test_the_readmes_code_on_fitting_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a small model, and its commands as well."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    (block,) = readme_code()[FITTED]
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+    names: dict[str, Any] = {"gp": gp, "torch": torch, "transformers": transformers, "config": config}
+    exec(block, names)
+    assert "two plans of" in capsys.readouterr().out
+    assert gp.Plan.load("llama.plan.json").decisions == names["plan"].decisions
+    text = README.read_text(encoding="utf-8").replace("\\\n", "")
+    fits, none = re.findall(r"^\$ groundplan (fit .*)$", text, re.MULTILINE)
+    small = ["--kwargs", json.dumps({"num_hidden_layers": 2, "vocab_size": 128, "hidden_size": 64}), "--tier", "T0"]
+    for line in (fits, none):
+        command = [part.replace("examples", str(ROOT / "examples")) for part in shlex.split(line)]
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, *small])
+        assert not ended.value.code, capsys.readouterr().err
+    assert (tmp_path / "llama.html").exists()
 
 
 def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
     text = README.read_text(encoding="utf-8").replace("\\\n", "")
-    lines = re.findall(r"^\$ groundplan (.*)$", text, re.MULTILINE)
+    lines = [line for line in re.findall(r"^\$ groundplan (.*)$", text, re.MULTILINE) if not line.startswith("fit")]
     assert [line.split()[0] for line in lines] == ["report", "report", "report", "report", "explain", "materialize", "doctor"]
     for line in (*lines[1:5], lines[6]):  # the first is the user's own model, the sixth writes gigabytes
         for name in ("report.html", "memory.svg"):

@@ -72,7 +72,7 @@ def linears() -> nn.Module:
 
 def test_the_device_with_room_has_all_of_it_wherever_it_comes() -> None:
     plan = gp.trace(linears).fit("8GB+24GB", gp.Inference())
-    assert plan.decisions.placing is None and plan.decisions == gp.trace(linears).to("cuda:1").decisions
+    assert plan.decisions.placing is None and plan.decisions.steps == gp.trace(linears).to("cuda:1").decisions.steps
     assert plan.memory(gp.Inference()).fits("8GB+24GB").verdict == "fits"
 
 

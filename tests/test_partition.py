@@ -49,7 +49,7 @@ def best_of_all(units: Sequence[Unit], devices: Sequence[int], host: int, disk: 
 
 units_strategy = st.lists(
     st.builds(
-        Unit, st.just("unit"), st.integers(1, 6), cache=st.integers(0, 2), working=st.integers(0, 3), streamed=st.integers(0, 3)
+        Unit, st.just("unit"), st.integers(0, 6), cache=st.integers(0, 2), working=st.integers(0, 3), streamed=st.integers(0, 3)
     ),
     min_size=1,
     max_size=5,
@@ -68,6 +68,7 @@ def test_nothing_is_better(units: list[Unit], devices: list[int], host: int, dis
     found = partition(units, devices, host, disk, resident)
     assert (None if found is None else cost(units, found)) == best_of_all(units, devices, host, disk, resident)
     assert found is None or fits(units, found, devices, host, resident)
+    assert found is None or disk or DISK not in found.homes, "not even what has no bytes"
 
 
 def test_many_devices_and_units_take_no_search_over_all_of_them() -> None:
