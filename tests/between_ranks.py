@@ -70,7 +70,7 @@ def measured(case: Case) -> dict[str, int]:
     gc.collect()
     training = replace(case.workload(), implementation="for-loop")
     around = loss_parallel() if isinstance(case, Divided) and case.loss else nullcontext()
-    with works_given_back(), around, memory_profile() as profiler, Paused():
+    with works_given_back(), around, memory_profile() as profiler, Paused():  # type: ignore[no-untyped-call]
         module, inputs = divided(case)
         gc.collect()
         run_training(module, inputs, training, phase)
