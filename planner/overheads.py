@@ -109,6 +109,13 @@ OVERHEADS: Mapping[str, Overhead] = MappingProxyType(
             cached=False,
             source="264 MB resident after `import groundplan` and a small build (measured, torch 2.13 for the CPU), doubled",
         ),
+        "host process, torch for cuda": Overhead(
+            low=275 * 10**6,
+            high=550 * 10**6,
+            per="process with a torch that was built for CUDA, in host memory, whether it uses CUDA or not",
+            cached=False,
+            source="540 MB resident in place of 266 MB (measured, torch 2.11 for CUDA 13.0, 2.13 for the CPU), doubled",
+        ),
         "host process, torch.distributed": Overhead(
             low=46 * 10**6,
             high=100 * 10**6,

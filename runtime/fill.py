@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..tracer.draws import BLOCK, draw_of_call, is_random_fill, is_static, is_trunc_normal
+from ..tracer.draws import draw_of_call, is_random_fill, is_static, is_trunc_normal
 from ..tracer.graph import Op
 from ..tracer.places import Draw, Place
 from ..tracer.schema import aten
@@ -140,7 +140,7 @@ def _same_parts(func: Any, dtype: torch.dtype, args: tuple[Any, ...], numel: int
     draw = draw_of_call(func, (None, *args), dtype, numel, whole.is_contiguous())
     func(whole, *args, generator=generator)
     if draw is None:
-        return whole.is_contiguous() and numel % BLOCK > 0  # an odd tail that is not certain: never taken apart
+        return False
     fill, parts = Fill(func, args, dtype, numel, whole.is_contiguous(), draw), torch.empty(numel, dtype=dtype, device="cpu")
     for first, last in pairwise(_CUTS):
         stretch = parts[first : min(last, numel)]

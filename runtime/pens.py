@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..tracer.draws import BLOCK, HALF
+from ..tracer.draws import BLOCK, HALF, ROUNDS_UP
 from ..tracer.native import Kind, Native, Places, native
 from ..tracer.places import Draw, Place, skip
 from ..tracer.schema import aten
@@ -292,7 +292,7 @@ class _BlockPen(_StreamPen):
         if start + len(out) <= first:
             return
         if self._tail is None:
-            words = self._whole if self.fill.dtype in HALF else self.fill.numel * self._each
+            words = self._whole if ROUNDS_UP and self.fill.dtype in HALF else self.fill.numel * self._each
             self._tail = torch.empty(BLOCK, dtype=self.fill.dtype, device="cpu")
             hand = _hand(self.fill, self._place, words) if self._hand is None or self._hand.words > words else self._at(words)
             hand.draw(self._tail, BLOCK * self._each)

@@ -293,11 +293,6 @@ def _write(
         raise MaterializeError(f"{left} was not written; this is a bug in groundplan, please report it")
 
 
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor; of one that is divided between ranks, these give it together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 class _Hand(Whereto):
     """Writes every tensor of the state as soon as it is finished, and keeps none."""
 
@@ -383,6 +378,8 @@ def _lazy_planner(value: Callable[[str], torch.Tensor]) -> Any:
 
 def _gathered(held: Mapping[str, torch.Tensor], opened: Callable[[], Mapping[str, _Writer]]) -> None:
     """Every rank gives its part of every tensor, to the end; the first one writes them."""
+    from .gathered import whole
+
     error: CheckpointError | None = None
     writers: Mapping[str, _Writer] = {}
     try:
@@ -390,7 +387,7 @@ def _gathered(held: Mapping[str, torch.Tensor], opened: Callable[[], Mapping[str
     except CheckpointError as raised:
         error = raised
     for name, tensor in held.items():
-        value = _full(tensor)
+        value = whole(tensor)
         try:
             if name in writers and error is None:
                 writers[name].write(value)

@@ -41,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 import groundplan as gp
+from groundplan.runtime import gathered
 
 from . import jobs, zoo
 from .law import content, named_tensors
@@ -510,8 +511,7 @@ def ties_of(tensors: Tensors) -> list[list[str]]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, gathered from every rank."""
-    found: torch.Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return found.detach()
+    return gathered.whole(tensor).detach()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import groundplan as gp
 
@@ -51,6 +53,25 @@ def saved(plan: gp.Plan, folder: Path) -> dict[str, Any]:
     none_left = mock.patch("os.posix_fallocate", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     limits = {"full": mock.patch("os.pwrite", limited()), "no room": none_left}
     return {"refused": refused(plan, module, folder)} | {name: full(plan, module, folder, how) for name, how in limits.items()}
+
+
+class Packed(nn.Module):
+    """Two projections in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8))
+
+
+def packed(folder: Path) -> None:
+    """Each rank holds a half of both projections, as transformers' `packed_colwise` divides them."""
+    plan = gp.trace(Packed)
+    module = plan.meta_module()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    part = DTensor.from_local(torch.empty(3, 4, device="meta"), mesh, [_StridedShard(1, split_factor=2)], run_check=False)
+    module.weight = nn.Parameter(part)
+    gp.materialize(module, seed=SEED)
+    plan.save_checkpoint(module, folder / "packed.safetensors")
 
 
 def refused(plan: gp.Plan, module: nn.Module, folder: Path) -> str:
@@ -96,6 +117,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     plan = gp.trace(Model)
     found = saved(plan, folder) | {"loaded": loaded(plan, folder)}
+    packed(folder)
     jobs.finish(folder, found)
 
 

@@ -243,13 +243,19 @@ def test_rms_norm_is_differentiated_as_on_the_cpu() -> None:
 # -- autocast -----------------------------------------------------------------------------------------------------------
 
 
+def is_by_name(op: str) -> bool:
+    """Whether dims are given by their names, which torch before 2.13 has. No fake tensor has names: `aten.ones.names` raises."""
+    return "dimname" in op.lower() or ".names_" in op
+
+
 def listed(name: str) -> set[str]:
     """The ops of one of the lists in the header of the torch that is installed."""
     header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
     body = re.search(rf"#define {name}\(_\)(.*?)\n\n", header, re.DOTALL)
     assert body is not None
     found = re.findall(r'_\((?:ADD_NS\()?(\w+)(?:\),[\s\\]*"([\w.]+)"|, (\w+))?', body.group(1))
-    return {full or f"{name}.{overload}".rstrip(".") for name, full, overload in found}
+    named = {full or f"{name}.{overload}".rstrip(".") for name, full, overload in found}
+    return {each for each in named if not is_by_name(each)}
 
 
 def also_on_the_cpu(names: set[str]) -> set[str]:
@@ -277,9 +283,10 @@ def test_all_that_autocast_converts_on_cuda_is_known() -> None:
     """By torch's table of kernels: what the lists do not name is converted alike on both, or has no CPU."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = {each.removeprefix("aten::") for each in torch._C._dispatch_get_all_op_names() if each.startswith("aten::")}
-    on_cuda = {name for name in names if has(f"aten::{name}", "AutocastCUDA")}
+    on_cuda = {name for name in names if has(f"aten::{name}", "AutocastCUDA") and not is_by_name(name)}
     missing = on_cuda - set(cuda_autocast.AUTOCAST) - listed("AT_FORALL_LOWER_PRECISION_FP")
-    assert missing == {"binary_cross_entropy", "cudnn_convolution", "cudnn_convolution_transpose"}
+    in_builds_with_cudnn = {"_cudnn_rnn"}
+    assert missing - in_builds_with_cudnn == {"binary_cross_entropy", "cudnn_convolution", "cudnn_convolution_transpose"}
 
 
 @pytest.mark.parametrize(

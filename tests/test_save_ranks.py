@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import groundplan as gp
 
 from .jobs import launch
-from .save_ranks import SEED, Model
+from .save_ranks import SEED, Model, Packed
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,12 @@ def test_what_is_on_the_disk_is_the_whole_model(found: tuple[Path, list[Any]]) -
             assert torch.equal(tensor, expected[name]), (path, name)
 
 
+def test_packed_columns_are_put_together(found: tuple[Path, list[Any]]) -> None:
+    """Of such a part torch 2.11 has no `full_tensor`."""
+    torch.manual_seed(SEED)
+    assert torch.equal(load_file(found[0] / "packed.safetensors")["weight"], Packed().weight)
+
+
 def test_sharded_plans_load_it(found: tuple[Path, list[Any]]) -> None:
     expected = {name: tensor.tolist() for name, tensor in eager().items()}
     ones = {"embed.weight": torch.ones(31, 8).tolist(), "head.weight": torch.ones(31, 8).tolist()}
@@ -51,4 +57,11 @@ def test_all_raise_and_nothing_is_left(found: tuple[Path, list[Any]]) -> None:
     for rank in ranks:
         assert "one.safetensors is there already, and would be lost" in rank["refused"]
         assert "No space left on device" in rank["full"] and "No space left on device" in rank["no room"]
-    assert sorted(each.name for each in folder.iterdir()) == ["0.json", "1.json", "dcp", "one.safetensors", "several"]
+    assert sorted(each.name for each in folder.iterdir()) == [
+        "0.json",
+        "1.json",
+        "dcp",
+        "one.safetensors",
+        "packed.safetensors",
+        "several",
+    ]

@@ -21,7 +21,7 @@ from .schema import FILLS, aten
 
 BLOCK = 16  # normal_ works in blocks of 16 elements where it is vectorized
 HALF = (torch.float16, torch.bfloat16)
-ROUNDS_UP = torch.__version__ >= "2.12"  # earlier ones draw an odd tail of half precision otherwise
+ROUNDS_UP = torch.__version__ >= "2.12"  # an odd tail of half precision; earlier ones draw it as every other dtype's
 REDRAWS = torch.__version__ >= "2.12"  # trunc_normal_ draws until all is within its bounds; earlier ones invert the distribution
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # of the significand
@@ -83,8 +83,8 @@ def _normal(args: tuple[Any, ...], dtype: torch.dtype, numel: int, contiguous: b
         return None
     if numel < BLOCK or not contiguous:
         return Draw(0, numel)
-    if dtype in HALF:
-        return Draw(BLOCK * -(-numel // BLOCK)) if ROUNDS_UP or not numel % BLOCK else None
+    if dtype in HALF and ROUNDS_UP:
+        return Draw(BLOCK * -(-numel // BLOCK))
     return Draw((numel + BLOCK * (numel % BLOCK > 0)) * (2 if dtype == torch.float64 else 1))
 
 
