@@ -156,6 +156,7 @@ def test_units_that_hold_experts_are_their_own() -> None:
 # -- real ranks ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.conformance
 def test_real_ranks_take_what_is_reckoned(tmp_path: Path) -> None:
     """Four gloo ranks, under torch's own styles and with a real exchange."""
     for found in zip(*jobs.launch("tests.between_ranks", tmp_path, world=4), strict=True):

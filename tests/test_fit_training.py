@@ -29,7 +29,7 @@ from groundplan.planner.step_time import step_time
 
 GB = 10**9
 SEEDS = 200
-SAMPLE = {14, *range(0, SEEDS, 5)}
+SAMPLE = {14, *range(0, SEEDS, 10)}
 Rounds = tuple[tuple[Does, ...], ...]
 
 
