@@ -374,12 +374,15 @@ def holding_parameters(graph: ParamGraph) -> frozenset[str]:
 
 @kept
 def repeated_layers(graph: ParamGraph) -> tuple[str, ...]:
-    """A pattern for every list of layers: modules of one class, numbered from 0, that hold parameters; inner lists left out."""
+    """A pattern for every list of layers: modules of one class, numbered from 0, that hold parameters; inner lists left out.
+
+    Lists in a list are no layers, as they are never called; what they hold may be.
+    """
     lists: dict[str, dict[str, list[int]]] = {}
     holding = holding_parameters(graph)
     for module in graph.modules:
         parent, _, number = module.name.rpartition(".")
-        if number.isdecimal() and module.name in holding:
+        if number.isdecimal() and module.name in holding and module.type not in NEVER_CALLED:
             lists.setdefault(parent, {}).setdefault(module.type, []).append(int(number))
     repeated = [parent for parent, classes in lists.items() if max(map(len, classes.values())) >= 2]
     if "" in repeated:

@@ -170,6 +170,14 @@ def test_a_size_that_does_not_divide_is_no_matter_to_fsdp() -> None:
 # -- what is found ------------------------------------------------------------------------------------------------------
 
 
+class Grid(nn.Module):
+    """Lists of layers in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList(nn.ModuleList(Block() for _ in range(3)) for _ in range(2))
+
+
 def units_of(build: Callable[..., Any], *args: Any, **options: Any) -> tuple[str, ...]:
     found = gp.trace(build, *args).shard({"dp": 2}, **options).decisions.sharding
     assert found is not None
@@ -178,6 +186,7 @@ def units_of(build: Callable[..., Any], *args: Any, **options: Any) -> tuple[str
 
 def test_every_layer_that_repeats_is_a_unit() -> None:
     assert units_of(layouts.MODELS["Llama"].build) == ("model.layers.*",)
+    assert units_of(Grid) == ("rows.0.*", "rows.1.*")
     assert units_of(layouts.MODELS["T5"].build) == ("encoder.block.*", "decoder.block.*")
     assert units_of(layouts.transformer) == ("encoder.layers.*", "decoder.layers.*")
     assert units_of(Net) == ("layers.*",)
