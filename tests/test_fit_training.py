@@ -282,11 +282,18 @@ def test_the_program_has_the_bytes_and_the_seconds_of_the_closed_form(seed: int)
         assert max(offsets) - min(offsets) < 1e-6 * whole.seconds(instance.speeds) * layout.samples
 
 
-@pytest.mark.parametrize("seed", [5, 15, 30])
+@pytest.mark.parametrize(
+    "seed", [seed if seed in (5, 15, 30) else pytest.param(seed, marks=pytest.mark.conformance) for seed in range(SEEDS)]
+)
 def test_what_is_found_fits_in_a_run_of_its_step(seed: int) -> None:
+    """Within the budget, and with the margin left free where the verdict is "fits"."""
     instance = drawn(seed)
     cluster, workload = cluster_of(instance.devices, instance.nbytes), instance.workload()
     levels, speeds = instance.levels, speeds_of(instance.speeds)
-    plan = plan_of(instance.kind).fit(cluster, workload, checkpointing=levels, margin=0.05, speeds=speeds, tensor=None)
-    verdict = plan.memory(workload, tier="T1").fits(cluster, 0.05)
-    assert all(room.left >= room.margin for room in verdict.rooms)
+    try:
+        plan = plan_of(instance.kind).fit(cluster, workload, checkpointing=levels, margin=0.05, speeds=speeds, tensor=None)
+    except gp.FitError:
+        pytest.skip("nothing fits, not even with all freed in each layer")
+    found, verdict = plan.decisions.fitted, plan.memory(workload, tier="T1").fits(cluster, 0.05)
+    assert found is not None and found.tier == "T1"
+    assert all(room.left >= (room.margin if found.verdict == "fits" else 0) for room in verdict.rooms)
