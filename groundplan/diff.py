@@ -18,7 +18,7 @@ from .planner.cluster import Cluster, cluster_of
 from .planner.decisions import Decisions
 from .planner.memory import Memory
 from .planner.speeds import Speeds
-from .planner.step_time import StepTime, human_seconds
+from .planner.step_time import StepTime, human_seconds, samples_of
 from .planner.tiers import Tier
 from .planner.workload import Training
 from .shown import Shown, heading, shortened, write_atomically
@@ -168,9 +168,7 @@ def _cluster(plans: Iterable[Plan], cluster: Cluster | str | None) -> Cluster | 
 
 
 def _timed(plan: Plan, workload: Training, cluster: Cluster | None, speeds: Speeds | None) -> Timed:
-    sharding = plan.decisions.sharding
-    copies = 1 if sharding is None else sharding.size("replicate") * sharding.size("shard")
-    samples = copies * workload.batch_size * workload.accumulate
+    samples = samples_of(plan.decisions.sharding, workload)
     try:
         return Timed(plan.step_time(workload, cluster, speeds=speeds), samples)
     except DecisionError as error:

@@ -21,6 +21,9 @@ from .tracer.errors import DecisionError
 if TYPE_CHECKING:
     from .plan import Plan
 
+PLENTY = 2**50
+"""Bytes of host memory that are enough for whatever there is: to find out how much is needed."""
+
 _MADE = (
     ("sharding", "shards"),
     ("placing", "places tensors"),

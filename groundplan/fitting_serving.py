@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .fitting import has
+from .fitting import PLENTY, has
 from .planner.allocations import Timeline
 from .planner.cluster import Cluster
 from .planner.decisions import Decisions
@@ -23,8 +23,6 @@ from .tracer.errors import DecisionError, FitError
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-_PLENTY, _GB = 2**50, 10**9  # bytes
 
 
 def fit_serving_plan(plan: Plan, cluster: Cluster, workload: Inference, disk: bool, together: Sequence[str] | None) -> Decisions:
@@ -112,9 +110,8 @@ def _ways(search: _Search, cluster: Cluster) -> Iterator[str]:
 def _with_host_memory(search: _Search, cluster: Cluster) -> Iterator[str]:
     """The host memory that is needed where there is plenty; then with just that much."""
     try:
-        found = search.on(cluster.model_copy(update={"host_memory": _PLENTY}))
-        room = next(each for each in found.verdict.rooms if each.place.startswith("host"))
-        enough = cluster.model_copy(update={"host_memory": -(-(room.needed + room.margin) // _GB) * _GB})
+        found = search.on(cluster.model_copy(update={"host_memory": PLENTY}))
+        enough = found.verdict.with_enough_host_memory
         found = search.on(enough)
     except FitError:
         return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .fitting_tensor import TensorAxis
 from .forecast import forecast
 from .planner.checkpointing import check_checkpointing
 from .planner.cluster import Cluster
@@ -33,7 +34,6 @@ from .planner.tiers import Tier
 from .planner.verdict import MARGIN, Verdict
 from .planner.workload import Checkpointing, Training, check_choice
 from .runtime.profiles import profile_of
-from .tensor_axis import TensorAxis
 from .tracer.errors import DecisionError, FitError, MemoryRunError
 
 if TYPE_CHECKING:
@@ -151,9 +151,8 @@ class FitTraining:
     def search(self, free: float, reserve: int = 0) -> Search:
         """The search, with that share and so many bytes left free."""
         limit = self.options.time_limit
-        levels = self.options.levels if self.workload.checkpointing == "none" else (self.workload.checkpointing,)
         allowed = Allowed(
-            levels=levels,
+            levels=self._levels,
             margin=self.margin,
             free=free,
             reserve=self.options.reserve + reserve,
@@ -161,6 +160,16 @@ class FitTraining:
         )
         speeds = self.options.speeds or Speeds.of(self.cluster)
         return Search(self.plan.graph, self.cluster, speeds, self.profile_of, allowed)
+
+    @property
+    def _levels(self) -> tuple[Checkpointing, ...]:
+        """The levels that layers may have: the workload's, where it says one."""
+        return self.options.levels if self.workload.checkpointing == "none" else (self.workload.checkpointing,)
+
+    @property
+    def leanest_level(self) -> Checkpointing:
+        """The one of them that keeps least."""
+        return next(level for level in LEVELS if level in self._levels)
 
     def profile_of(self, decisions: Decisions, workload: Training) -> Profile | NoProfile:
         """What a plan's forward and backward allocate, or why that is not known."""
@@ -174,13 +183,14 @@ class FitTraining:
         for _ in range(_RECHECKS):
             if not found.tried:
                 break
-            best = search.simplified(found.tried[0])
+            layout = found.tried[0].layout
+            best = self.search(free, reserves.get(id(layout), 0)).simplified(found.tried[0])
             memory, verdict = self._checked_by(best)
             missing = search.missing(verdict)
             if missing <= 0:
                 return Checked(search, found, best, memory, verdict)
-            layout = found.tried[0].layout
-            reserves[id(layout)] = reserves.get(id(layout), 0) + missing
+            self.short.append(Short(layout, max(verdict.rooms, key=search.missing_at), memory))
+            reserves[id(layout)] = missing - search.missing(best.verdict)  # less than it came to, whatever was left
             found = _instead(found, layout, self.search(free, reserves[id(layout)]).of(layout))
         self.short.extend(found.short)
         return None
@@ -274,10 +284,10 @@ class Checked:
 
 
 def _instead(found: Found, layout: Layout, again: Tried | Short | NoProfile) -> Found:
-    """What was found, with something else for a layout."""
+    """What was found, with something else for a layout, or nothing."""
     others = [each for each in found.tried if each.layout is not layout]
     tried = in_order([*others, again] if isinstance(again, Tried) else others)
-    return replace(found, tried=tuple(tried), short=(*found.short, again) if isinstance(again, Short) else found.short)
+    return replace(found, tried=tuple(tried))
 
 
 def _several(dtypes: Dtypes) -> list[torch.dtype | None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .fitting import PLENTY
 from .planner.fit_training import LEVELS, Short, Tried
 from .planner.fitted_reasons import describe_short
 from .planner.memory import human_bytes
@@ -21,7 +22,6 @@ from .would_help import would_help
 if TYPE_CHECKING:
     from .fitting_training import FitTraining
 
-_PLENTY, _GB = 2**50, 10**9  # bytes
 _SHOWN = 4
 _MORE_NODES = (2, 4, 8, 16)
 
@@ -52,7 +52,8 @@ def nothing_fits(question: FitTraining) -> str:
     listed = "".join(f"\n  - {way}" for way in ways)
     would = f"What fits, tried:{listed}" if ways else "No single change or pair of changes that was tried makes it fit"
     asked = f"nothing fits {question.cluster} for {_workload(question)}"
-    helps = list(would_help(question, nearest.layout, nearest.layout.decisions, nearest.memory.peak))
+    lean = replace(nearest.layout, workload=replace(nearest.layout.workload, checkpointing=question.leanest_level))
+    helps = list(would_help(question, lean, lean.decisions, nearest.memory.peak))
     not_yet = f"\nWould help, but is not carried out yet: {'; '.join(helps)}" if helps else ""
     return f"{asked}: {_held(question, nearest)}.\nThe nearest is {describe_short(nearest)}.\n{would}{not_yet}"
 
@@ -190,11 +191,10 @@ def _more_host_memory(question: FitTraining) -> Relaxed | None:
     """The host memory that is needed where there is plenty; then with just that much."""
     if not question.cluster.devices or question.options.offload is False:
         return None
-    plenty = _best(_on(question, host_memory=_PLENTY))
+    plenty = _best(_on(question, host_memory=PLENTY))
     if plenty is None:
         return None
-    room = next(each for each in plenty.verdict.rooms if each.place.startswith("host"))
-    enough = _on(question, host_memory=-(-(room.needed + room.margin) // _GB) * _GB)
+    enough = replace(question, cluster=plenty.verdict.with_enough_host_memory)
     best = _best(enough)
     return None if best is None else Relaxed(str(enough.cluster), best)
 

@@ -19,8 +19,9 @@ from functools import cached_property
 from ..tracer.errors import DecisionError
 from ..tracer.graph import ParamGraph
 from .block_time import Talking, block_time, edges
+from .changes import HOST
 from .checkpointing import CheckpointRule
-from .choices import OutOfTime, choose
+from .choices import OutOfTime, bytes_of, choose
 from .cluster import Cluster
 from .decisions import Decisions
 from .estimate import memory
@@ -36,7 +37,7 @@ from .rank_memory import rank_parts
 from .sharding import ReshardRule, matches, repeated_layers
 from .speeds import Speeds
 from .step_form import Script, peak_of, plain
-from .step_time import StepTime, step_time
+from .step_time import StepTime, samples_of, step_time
 from .verdict import MARGIN, Room, Verdict
 from .workload import Checkpointing, Training
 
@@ -47,7 +48,6 @@ ALIKE = 0.01
 """Steps that differ by a smaller share of their time count as alike: then the simpler layout is better."""
 
 _ROUNDS = 8
-_LEAST = 2**20  # bytes: a budget is made smaller by no less, so that the search ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +71,9 @@ class Layout:
     precision: str = ""  # in words, where there are several
 
     @property
-    def copies(self) -> int:
-        """How many ranks have samples of their own."""
-        sharding = self.decisions.sharding
-        return 1 if sharding is None else sharding.size("replicate") * sharding.size("shard")
-
-    @property
     def samples(self) -> int:
         """Samples that all ranks go through in one step."""
-        return self.copies * self.workload.batch_size * self.workload.accumulate
+        return samples_of(self.decisions.sharding, self.workload)
 
     @property
     def group(self) -> Hashable:
@@ -263,7 +257,7 @@ class Search:
         return min(fitting, key=lambda each: each.seconds, default=leanest)
 
     def _chosen(self, layout: Layout, profiles: Mapping[Does, Profile], leanest: Tried) -> Tried:
-        """What the program chooses, with less for it to go by for as long as that turns out to fall short."""
+        """What the program chooses, with less for it to go by than that came to for as long as it turns out to fall short."""
         pure = self.pure(layout, profiles)
         classes = layer_classes(pure)
         base = bases(classes, next(iter(pure.values())).passes)
@@ -281,7 +275,7 @@ class Search:
             room = self.shortest(found.verdict)
             if room is None:
                 return found if found.seconds <= best.seconds else best
-            budget -= max(self.missing_at(room), _LEAST)
+            budget = min(budget - self.missing_at(room), max(bytes_of(classes, chosen.counts, base).values()) - 1)
         return replace(best, proven=False)
 
     def tried(self, layout: Layout, profile: Profile, does: tuple[tuple[Does, ...], ...], proven: bool = True) -> Tried:
@@ -327,14 +321,14 @@ class Search:
 
     def _ranks_at(self, room: Room) -> int:
         """How many ranks share a place."""
-        return max(len(self.cluster.devices), 1) if room.place.startswith("host") else 1
+        return max(len(self.cluster.devices), 1) if room.on_host else 1
 
     def _left_for_layers(self, leanest: Tried, pure: Pure) -> int:
         """Bytes that forward and backward may come to in a rank, besides what is there all the time."""
         device = computing_device(self.graph, leanest.decisions)
         scripts = max(each.base + peak_of(each.scripts, each.added).nbytes for each in pure.passes)
         always = leanest.memory.by_device["step"][device] - scripts
-        rooms = [room for room in leanest.verdict.rooms if room.place.startswith("host") == (device == "cpu")]
+        rooms = [room for room in leanest.verdict.rooms if room.on_host == (device == HOST)]
         return min(int(self._usable(room)) for room in rooms) - always
 
     def _usable(self, room: Room) -> float:

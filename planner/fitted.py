@@ -44,11 +44,21 @@ class Candidate(Record):
     missing: int | None = None
 
 
-class TrainingRecord(Record):
+class _Workload(Record):
+    """What the workloads have in common."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+
+    def _told(self, default: Record) -> str:
+        """The size of a batch, and what is not as it is in `default`."""
+        given = {name: value for name, value in self.model_dump().items() if value != getattr(default, name)}
+        return ", ".join(f"{name}={value!r}" for name, value in ({"batch_size": self.batch_size} | given).items())
+
+
+class TrainingRecord(_Workload):
     """The workload of training, without example inputs and the loss, which are no data."""
 
     optimizer: str
-    batch_size: Annotated[int, Field(ge=1)]
     seq_len: int | None = None
     implementation: str | None = None
     autocast: str | None = None
@@ -78,15 +88,12 @@ class TrainingRecord(Record):
     def describe(self) -> str:
         """`Training("adamw", batch_size=1, seq_len=8192)`, with what is not as it is by default."""
         default = TrainingRecord(optimizer=self.optimizer, batch_size=self.batch_size)
-        given = {name: value for name, value in self.model_dump().items() if value != getattr(default, name)}
-        told = {"batch_size": self.batch_size, **given}
-        return f'Training("{self.optimizer}", {", ".join(f"{name}={value!r}" for name, value in told.items())})'
+        return f'Training("{self.optimizer}", {self._told(default)})'
 
 
-class InferenceRecord(Record):
+class InferenceRecord(_Workload):
     """The workload of serving, without example inputs, which are no data."""
 
-    batch_size: Annotated[int, Field(ge=1)]
     seq_len: int | None = None
     new_tokens: Annotated[int, Field(ge=1)] = 1
     autocast: str | None = None
@@ -110,10 +117,7 @@ class InferenceRecord(Record):
 
     def describe(self) -> str:
         """`Inference(batch_size=1, seq_len=8192)`, with what is not as it is by default."""
-        default = InferenceRecord(batch_size=self.batch_size)
-        given = {name: value for name, value in self.model_dump().items() if value != getattr(default, name)}
-        told = {"batch_size": self.batch_size, **given}
-        return f"Inference({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+        return f"Inference({self._told(InferenceRecord(batch_size=self.batch_size))})"
 
 
 class _Found(Record):

@@ -116,6 +116,12 @@ def step_time(
     )
 
 
+def samples_of(sharding: Sharding | None, workload: Training) -> int:
+    """The samples that all ranks go through in one step: ranks along the replicate and shard axes have their own."""
+    copies = 1 if sharding is None else sharding.size("replicate") * sharding.size("shard")
+    return copies * workload.batch_size * workload.accumulate
+
+
 def check_timed(sharding: Sharding | None) -> None:
     """Raise `DecisionError` for what the time of a step is not known of."""
     found = [what for role, what in _NOT_TIMED.items() if sharding is not None and sharding.size(role) > 1]  # type: ignore[arg-type]

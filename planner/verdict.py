@@ -36,6 +36,8 @@ CUDA_PROCESS_BYTES = OVERHEADS["host process with cuda"].high
 WORKSPACE_BYTES = 2 * 2 * CUBLAS_WORKSPACE_HOPPER
 """Of two threads, forward's and backward's: cuBLAS's workspace, and one of that size for cuBLASLt (pytorch/pytorch#120925)."""
 
+_GB = 10**9
+_HOST_PLACE = "host memory"
 _ORDER: tuple[Word, ...] = ("fits", "tight", "does not fit")
 
 
@@ -58,6 +60,11 @@ class Room:
     left_out: tuple[str, ...] = ()
     retries: int = 0
     calibrated: Correction | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is the host memory of a node, which its ranks share."""
+        return self.place.startswith(_HOST_PLACE)
 
     @property
     def needed(self) -> int:
@@ -141,6 +148,12 @@ class Verdict:
     def verdict(self) -> Word:
         """The worst of all places: "fits", "tight" or "does not fit"."""
         return max((room.verdict for room in self.rooms), key=_ORDER.index)
+
+    @property
+    def with_enough_host_memory(self) -> Cluster:
+        """The cluster with as much host memory in a node as is needed with the margin, in whole GB."""
+        room = next(room for room in self.rooms if room.on_host)
+        return self.cluster.model_copy(update={"host_memory": -(-(room.needed + room.margin) // _GB) * _GB})
 
     @property
     def binding(self) -> Room:
@@ -303,7 +316,7 @@ def _host_rooms(
     on_devices = any(_uses_devices(each) for each in found)
     process = CUDA_PROCESS_BYTES if on_devices else PROCESS_BYTES
     room = _room(
-        f"host memory of a node, {ranks} process{'es' * (ranks != 1)}",
+        f"{_HOST_PLACE} of a node, {ranks} process{'es' * (ranks != 1)}",
         max(peaks, key=lambda peak: peak[1])[0],
         sum(nbytes for _, nbytes in peaks),
         {"processes": ranks * process},

@@ -84,10 +84,6 @@ def _view(given: Mapping[str, Any], operands: Sequence[torch.Tensor], out: Any, 
     return found
 
 
-def _expand(given: Mapping[str, Any], operands: Sequence[torch.Tensor], out: Any, cut_of: CutOf) -> Cut:
-    return _elementwise(given, operands, out, cut_of)
-
-
 def _permute(given: Mapping[str, Any], operands: Sequence[torch.Tensor], out: Any, cut_of: CutOf) -> Cut:
     cut, dims = _cut(operands[0], cut_of), operands[0].ndim
     return Cut([dim % dims for dim in given["dims"]].index(cut.dim), cut.split)
@@ -229,7 +225,7 @@ _RULES: dict[Any, Any] = (
     | dict.fromkeys((aten._softmax, aten._log_softmax, aten._safe_softmax, aten.sum, aten.mean, aten.amax, aten.amin), _over_dims)
     | dict.fromkeys((aten.var, aten.std, aten.var_mean, aten.linalg_vector_norm, aten.cumsum, aten.logsumexp), _over_dims)
     | dict.fromkeys((aten.select, aten.split, aten.split_with_sizes, aten.unbind), _over_dims)
-    | {aten.slice: _slice, aten.squeeze: _squeeze, aten.unsqueeze: _unsqueeze, aten.expand: _expand}
+    | {aten.slice: _slice, aten.squeeze: _squeeze, aten.unsqueeze: _unsqueeze, aten.expand: _elementwise}
     | {aten.permute: _permute, aten.transpose: _transpose, aten.t: _t, aten.cat: _cat, aten.stack: _stack}
     | {aten.view_as_complex: _as_complex, aten.view_as_real: _same}
 )

@@ -11,8 +11,14 @@ import torch
 from torch import nn
 
 import groundplan as gp
-from groundplan.planner.fit_training import Search
+from groundplan import relaxing
+from groundplan.fitting_training import FitTraining
+from groundplan.planner import fit_training
+from groundplan.planner.fit_training import Search, Tried
 from groundplan.planner.fitted import Fitted
+from groundplan.planner.memory import Memory
+from groundplan.planner.speeds import Link, Speeds
+from groundplan.planner.verdict import Verdict
 
 MB = 10**6
 
@@ -201,3 +207,54 @@ def test_memory_is_that_of_the_workload_it_was_fitted_to(tmp_path: Path) -> None
 def test_what_cannot_be_is_refused(call: Callable[[], gp.Plan], message: str) -> None:
     with pytest.raises(gp.GroundplanError, match=message):
         call()
+
+
+# -- runs that refute ---------------------------------------------------------------------------------------------------
+
+
+def refuted_beyond(monkeypatch: pytest.MonkeyPatch, cluster: str) -> None:
+    """Have a run of the step take as much as if the devices were those of another cluster."""
+
+    def checked(self: FitTraining, best: Tried) -> tuple[Memory, Verdict]:
+        return best.memory, best.memory.fits(cluster, self.margin)
+
+    monkeypatch.setattr(FitTraining, "_checked_by", checked)
+
+
+def test_where_every_run_refutes_what_was_found_that_is_an_error_with_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuted_beyond(monkeypatch, "2x1GB")
+    with pytest.raises(gp.FitError, match=r"on 1GB: does not fit"):
+        fit("2x24GB")
+
+
+def test_what_a_run_refutes_has_to_come_to_less_than_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much the closed form had left."""
+    whole = fit("2x24GB", training(256), axes={"dp_shard": 2})
+    room = f"2x{int((fitted(whole).peak * 0.8 + 2_740 * MB) * 1.2) // MB}MB"
+    refuted_beyond(monkeypatch, room)
+    plan = fit("2x24GB", training(256), axes={"dp_shard": 2})
+    assert plan.memory(training(256)).fits(room).verdict == fitted(plan).verdict == "fits"
+
+
+def test_a_plan_made_simpler_has_no_more_to_go_by_than_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a slow link layers stay gathered; where that gains little enough, they do not, and still a run must bear it out."""
+    slow = Speeds.of("2x24GB").model_copy(update={"within": Link(bandwidth=1e8)})
+    workload, options = training(256), {"axes": {"dp_shard": 2}, "speeds": slow}
+    whole = fit("2x24GB", workload, **options)
+    assert whole.decisions.sharding is not None and whole.decisions.sharding.reshard_rules
+    room = f"2x{int((fitted(whole).peak * 0.8 + 2_740 * MB) * 1.2) // MB}MB"
+    monkeypatch.setattr(fit_training, "ALIKE", 10.0)
+    refuted_beyond(monkeypatch, room)
+    plan = fit("2x24GB", workload, **options)
+    assert plan.decisions.sharding is not None and not plan.decisions.sharding.reshard_rules
+    assert plan.memory(workload).fits(room).verdict == fitted(plan).verdict == "fits"
+
+
+def test_what_would_help_where_nothing_fits_is_said_of_layers_that_keep_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaxing, "relaxations", lambda question: [])  # which take most of the time
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    plan = gp.trace(transformers.LlamaForCausalLM, transformers.LlamaConfig(vocab_size=512, num_hidden_layers=8, **sizes))
+    workload = gp.Training("adamw", batch_size=64, seq_len=1024)
+    with pytest.raises(gp.FitError, match=r"not carried out yet: sequence_parallel=True and loss_parallel=True: the peak"):
+        plan.fit("2x2800MB", workload, tier="T0", axes={"tp": 2}, margin=0.0)

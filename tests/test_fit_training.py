@@ -18,7 +18,7 @@ from groundplan.fitting_training import FitTraining, TrainingOptions
 from groundplan.planner.catalog import Device
 from groundplan.planner.choices import bytes_of, cost_of
 from groundplan.planner.estimate import memory
-from groundplan.planner.fit_training import Allowed, Does, Layout, Search, decided
+from groundplan.planner.fit_training import Allowed, Does, Layout, Search, Tried, decided
 from groundplan.planner.layer_choices import bases, layer_classes
 from groundplan.planner.memory import Memory
 from groundplan.planner.mixed import TRACED, mixed, rounds_of
@@ -297,3 +297,24 @@ def test_what_is_found_fits_in_a_run_of_its_step(seed: int) -> None:
     found, verdict = plan.decisions.fitted, plan.memory(workload, tier="T1").fits(cluster, 0.05)
     assert found is not None and found.tier == "T1"
     assert all(room.left >= (room.margin if found.verdict == "fits" else 0) for room in verdict.rooms)
+
+
+def test_less_room_is_made_the_most_of_at_every_size() -> None:
+    """Also where the closed form has more bytes than the program: what a checkpointed first layer keeps beside others."""
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=12, **sizes)
+    plan, workload = gp.trace(transformers.LlamaForCausalLM, config), gp.Training("adamw", batch_size=8, seq_len=2048)
+    options = TrainingOptions(axes={"dp_shard": 2}, compute_dtype=torch.bfloat16)
+    question = FitTraining(plan, gp.Cluster.parse("2x24GB"), workload, options)
+    (layout,) = question.layouts(False)
+    richest = question.search(0.2).of(layout)
+    leanest = question.search(0.2).uniform(layout, Does("full"))
+    assert isinstance(richest, Tried) and leanest is not None
+    left, span = -question.search(0.2).missing(richest.verdict), richest.memory.peak - leanest.memory.peak
+    seconds = []
+    for step in range(3, 150, 4):
+        found = question.search(0.2, left + int(1.2 * span * step / 150)).of(layout)
+        assert isinstance(found, Tried) and found.proven
+        seconds.append(found.seconds)
+    assert seconds == sorted(seconds) and len(set(seconds)) > 20
